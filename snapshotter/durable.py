@@ -1,0 +1,108 @@
+"""Changes to directories that survive a power cut, and the removal of untrusted trees.
+
+What makes a thing durable: a file's data and inode by fsync of the file, its name by fsync of the
+directory (fsync(2)). Symlinks, devices and fifos cannot be opened for that; the fsync of their
+directory commits them with it on ext4, XFS and btrfs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from snapshotter import failpoint, linux
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_NESTING = 128
+
+
+class Stopped(Exception):
+    """A long operation was asked to stop and did, between two steps."""
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    fd = os.open(path, _DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_tree(directory: Path, name: str, stopping: Callable[[], bool]) -> None:
+    """Removes `directory`/`name` and all below it; that it is gone already is no error.
+
+    Works relative to descriptors and follows no symlink, clears the immutable and append-only flags
+    that a container may have left, and holds few descriptors however deep the tree is: what lies
+    deeper than that is moved up into `directory` first. Raises Stopped when `stopping()` says so,
+    leaving a smaller tree that can be removed later, and OSError.
+    """
+    top = os.open(directory, _DIRECTORY)
+    try:
+        work = [name]
+        while work:
+            _remove(top, work.pop(), [top], work, stopping)
+    finally:
+        os.close(top)
+
+
+def _remove(parent: int, name: str, open_fds: list[int], deeper: list[str], stopping: Callable[[], bool]) -> None:
+    try:
+        fd = os.open(name, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        _unlocked(parent, name, partial(os.unlink, name, dir_fd=parent))
+        return
+    open_fds.append(fd)
+    try:
+        with os.scandir(fd) as entries:
+            children = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for child, is_directory in children:
+            if stopping():
+                raise Stopped(name)
+            failpoint.hit("delete.entry")
+            if not is_directory:
+                _unlocked(fd, child, partial(os.unlink, child, dir_fd=fd))
+            elif len(open_fds) < _MAX_NESTING:
+                _remove(fd, child, open_fds, deeper, stopping)
+            else:
+                moved = f"{os.fstat(fd).st_ino}.{len(deeper)}.deep"
+                move = partial(os.rename, child, moved, src_dir_fd=fd, dst_dir_fd=open_fds[0])
+                _unlocked(fd, child, move)
+                deeper.append(moved)
+    finally:
+        open_fds.pop()
+        os.close(fd)
+    _unlocked(parent, name, partial(os.rmdir, name, dir_fd=parent))
+
+
+def _unlocked(parent: int, name: str, act: Callable[[], None]) -> None:
+    """Does `act` on an entry; where inode flags forbid it (EPERM), clears them and tries again."""
+    try:
+        act()
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        _clear_flags(parent)
+        mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                _clear_flags(fd)
+            finally:
+                os.close(fd)
+        act()
+
+
+def _clear_flags(fd: int) -> None:
+    flags = linux.get_inode_flags(fd)
+    locked = linux.FS_IMMUTABLE_FL | linux.FS_APPEND_FL
+    if flags & locked:
+        linux.set_inode_flags(fd, flags & ~locked)

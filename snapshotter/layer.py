@@ -1,0 +1,127 @@
+"""From upper to layer: one pass over a tree that is about to be committed.
+
+It makes durable what the layer brought, counts it, and finds out which overlay features reading it takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapshotter.durable import Stopped
+from snapshotter.errors import FailedPrecondition, quote
+from snapshotter.linux import sync_file_range_start
+from snapshotter.model import Usage
+from snapshotter.overlay.attributes import Names, by_name
+from snapshotter.overlay.features import NO_FEATURES, Feature
+from snapshotter.usage import Tally
+from snapshotter.walker import OPEN_DIRECTORY, Entry, walk
+
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the pass over a tree found."""
+
+    usage: Usage
+    needs: Feature
+    """What reading the tree takes."""
+    has_dead_attributes: bool
+    """Whether there are attributes that only the mount of the upper had a use for."""
+
+
+def finish(tree: Path, stopping: Callable[[], bool], names: Names) -> Found:
+    """Syncs every file and directory of a tree.
+
+    Raises Stopped when `stopping()` says so, FailedPrecondition for an attribute of overlay's whose meaning we do
+    not know, and OSError.
+    """
+    tally = Tally()
+    attributes: set[str] = set()
+    with Syncer() as syncer:
+        top = os.open(tree, OPEN_DIRECTORY)
+        syncer.add(top)
+        tally.add(os.fstat(top))
+        attributes.update(os.listxattr(top))
+        _check_known(os.listxattr(top), names, top, b".")
+        for entry in walk(top):
+            if stopping():
+                raise Stopped(str(tree))
+            tally.add(entry.status)
+            found = _examine(entry, syncer)
+            _check_known(found, names, entry.directory_fd, entry.name)
+            attributes.update(found)
+    needs = NO_FEATURES
+    if names.metacopy in attributes:
+        needs |= Feature.METACOPY
+    if names.redirect in attributes:
+        needs |= Feature.REDIRECT_DIR
+    return Found(tally.usage(), needs, not names.dead.isdisjoint(attributes))
+
+
+def _check_known(attributes: Iterable[str], names: Names, directory_fd: int, name: bytes) -> None:
+    for attribute in attributes:
+        if names.is_unknown(attribute):
+            path = os.path.join(os.readlink(f"/proc/self/fd/{directory_fd}"), os.fsdecode(name))
+            raise FailedPrecondition(
+                f"{quote(path)} has the attribute {attribute}, whose meaning for overlayfs this version does not know"
+            )
+
+
+def _examine(entry: Entry, syncer: Syncer) -> list[str]:
+    """The names of the entry's attributes."""
+    try:
+        if not (entry.is_file or entry.is_directory):
+            return os.listxattr(by_name(entry.directory_fd, entry.name), follow_symlinks=False)
+        fd = open_entry(entry)
+    except OSError as error:
+        # Replaced or gone since it was looked at: not what this layer keeps.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise
+        return []
+    names = os.listxattr(fd)
+    syncer.add(fd)
+    return names
+
+
+def open_entry(entry: Entry) -> int:
+    """A descriptor of a file or directory, only good for fsync and the like. Raises OSError."""
+    flags = OPEN_DIRECTORY if entry.is_directory else _OPEN_FILE
+    return os.open(entry.name, flags, dir_fd=entry.directory_fd)
+
+
+class Syncer:
+    """Starts the writeback of many files before it waits for each: half the time of fsync one by one."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def __enter__(self) -> Syncer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            for fd in self._fds:
+                os.close(fd)
+            self._fds.clear()
+
+    def add(self, fd: int) -> None:
+        """Takes over the descriptor of a file or a directory, which is open until others were added."""
+        self._fds.append(fd)
+        if len(self._fds) > _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        for fd in self._fds:
+            sync_file_range_start(fd)
+        while self._fds:
+            os.fsync(self._fds[-1])
+            os.close(self._fds.pop())

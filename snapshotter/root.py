@@ -1,0 +1,137 @@
+"""The root directory: who owns it, and where each thing in it is.
+
+    <root>/                 0700
+      lock                  flock'ed by the daemon; holds its pid
+      metadata/             the LMDB environment
+      snapshots/<id>/fs     upper of an active snapshot, tree of a layer
+      snapshots/<id>/work   overlay work directory, gone once committed
+      mounts/<id>           where the daemon mounts an active snapshot or a view
+      busy/<id>.*           trees that left the metadata while an overlay somewhere still used them
+      empty/                the lower of active snapshots without a parent; never made anew, since an
+                            upper with an index mounts only on the very lower that it was made on
+      trash/                renamed here, deleted in the background
+      spool/                unnamed temporary files (answers on their way to slow clients) and trial mounts:
+                            nothing that outlives the process
+
+A view that has a parent owns nothing here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from snapshotter import linux, mountinfo
+from snapshotter.durable import remove_tree, sync_directory
+from snapshotter.errors import FailedPrecondition, InvalidArgument, PermissionDenied, from_os_error, quote
+from snapshotter.model import SnapshotId
+
+_DIRECTORIES = ("metadata", "snapshots", "mounts", "busy", "empty", "trash", "spool")
+_FOREIGN = "lost+found"
+_UNSAFE = ":,\\\n\r\t \"'"
+
+
+class Root:
+    """Paths below an existing root."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = path / "metadata"
+        self.snapshots = path / "snapshots"
+        self.mounts = path / "mounts"
+        self.busy = path / "busy"
+        self.empty = path / "empty"
+        self.trash = path / "trash"
+        self.spool = path / "spool"
+
+    def directory(self, snapshot_id: SnapshotId) -> Path:
+        return self.snapshots / str(snapshot_id)
+
+    def fs(self, snapshot_id: SnapshotId) -> Path:
+        return self.snapshots / str(snapshot_id) / "fs"
+
+    def mountpoint(self, snapshot_id: SnapshotId) -> Path:
+        return self.mounts / str(snapshot_id)
+
+    def work(self, snapshot_id: SnapshotId) -> Path:
+        return self.snapshots / str(snapshot_id) / "work"
+
+
+class RootLock:
+    """Holds a root for this process: one daemon, or one offline tool, owns it. `release` it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FailedPrecondition, naming the owner, when another process holds the lock."""
+        self._fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._fd)
+            raise FailedPrecondition(
+                f"root {path} is in use by the containerd-dedup-grpc with pid {owner}; stop that one first"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def claim(path: Path) -> tuple[Root, RootLock]:
+    """Makes or adopts the root at an absolute path and locks it.
+
+    Raises InvalidArgument for a path that overlay options cannot hold, FailedPrecondition for a
+    directory that is somebody else's or locked, PermissionDenied unless we own it.
+    """
+    _check_path(path)
+    try:
+        if path.exists():
+            _check_ours(path)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = RootLock(path)
+        path.chmod(0o700)
+        for name in _DIRECTORIES:
+            (path / name).mkdir(mode=0o700, exist_ok=True)
+        # The merged root of a snapshot without a parent looks like this one.
+        (path / "empty").chmod(0o755)
+        _clear_spool(path / "spool")
+        sync_directory(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise from_os_error(f"preparing root {path}", error) from error
+    return Root(path), lock
+
+
+def _clear_spool(spool: Path) -> None:
+    """Takes away what a kill left, trial mounts first."""
+    place = spool.resolve()
+    for mount in reversed(list(mountinfo.read())):
+        if Path(mount.path).is_relative_to(place):
+            linux.umount2(mount.path, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+    for entry in spool.iterdir():
+        remove_tree(spool, entry.name, lambda: False)
+
+
+def _check_path(path: Path) -> None:
+    if not path.is_absolute():
+        raise InvalidArgument(f"root {path} is not an absolute path")
+    if unsafe := sorted(set(str(path)) & set(_UNSAFE)):
+        raise InvalidArgument(
+            f"root {quote(str(path))} contains {quote(''.join(unsafe))}, which mount options cannot hold"
+        )
+
+
+def _check_ours(path: Path) -> None:
+    status = path.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise FailedPrecondition(f"root {path} is not a directory")
+    if status.st_uid != os.geteuid():
+        raise PermissionDenied(f"root {path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}")
+    found = {entry.name for entry in path.iterdir()} - {_FOREIGN}
+    if found and "lock" not in found:
+        raise FailedPrecondition(
+            f"root {path} is not empty and was not made by dedup-snapshotter; name an empty directory"
+        )
