@@ -1,0 +1,1 @@
+"""overlayfs: its extended attributes and its mount options."""

@@ -1,0 +1,251 @@
+"""From upper to layer.
+
+    before the commit point   hard links completed, the mount frozen, the tree durable (`finished`)
+    after it                  unmounted, nothing of the dead upper left in the layer (`seal`)
+
+The upper becomes the layer in place when nobody else has it, which a trial mount tells. Otherwise the
+layer is a copy (shared extents where possible): when somebody forgot a bind of the frozen mount, since the
+kernel would refuse the upper as a lower (EBUSY), and when somebody still has a file open for writing. A
+tree of hard links would not do in the first case: link counts would be wrong in both trees, and change in
+the layer when the other goes.
+
+A kill after the commit point leaves a snapshot that is marked as sealing; `seal` can be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import structlog
+
+from snapshotter import clone, failpoint, layer, linux
+from snapshotter.durable import remove_tree, sync_directory
+from snapshotter.errors import Unavailable, quote
+from snapshotter.gc import Trash
+from snapshotter.ids import Ids
+from snapshotter.meta.snapshots import Layer
+from snapshotter.model import SnapshotId, Usage
+from snapshotter.mounts import Target
+from snapshotter.mounts.mounter import Mounter
+from snapshotter.overlay import index
+from snapshotter.overlay.attributes import Names, by_name, strip_dead
+from snapshotter.overlay.trial import is_upper_in_use
+from snapshotter.root import Root
+from snapshotter.usage import Tally
+from snapshotter.walker import OPEN_DIRECTORY, walk
+
+log = structlog.get_logger()
+
+_ATTEMPTS = 5
+"""How often new names of hard links may appear between their completion and the freeze."""
+
+
+class Sealer:
+    """Works on snapshots whose claim the caller holds."""
+
+    def __init__(
+        self,
+        root: Root,
+        mounter: Mounter,
+        trash: Trash,
+        ids: Ids,
+        names: Names,
+        can_try: bool,
+        stopping: Callable[[], bool],
+    ) -> None:
+        """`can_try`: the kernel has index=on, without which it does not tell whether an upper is in use."""
+        self._root = root
+        self._mounter = mounter
+        self._trash = trash
+        self._ids = ids
+        self._names = names
+        self._can_try = can_try
+        self._stopping = stopping
+
+    @contextmanager
+    def finished(self, target: Target) -> Iterator[Layer]:
+        """The durable tree that the active snapshot is to become; the block is the commit point.
+
+        When the block raises, the snapshot is mounted and writable as before. Raises Unavailable, durable.Stopped,
+        OSError.
+        """
+        if target.materialized:
+            self._mounter.provide(target)
+            if self._freeze(target):
+                try:
+                    failpoint.hit("commit.frozen")
+                    yield self._in_place(target, sealing=True)
+                except BaseException:
+                    failpoint.hit("commit.refused")
+                    self._mounter.thaw(target.id)
+                    raise
+                return
+        elif not self._in_use(self._root.fs(target.id)):
+            yield self._in_place(target, sealing=False)
+            return
+        with self._copy(target) as copied:
+            yield copied
+
+    def seal(self, snapshot_id: SnapshotId, is_lowest: bool) -> Usage:
+        """Makes the tree of a committed snapshot a layer and nothing but; what it costs then. Raises OSError."""
+        names = self._names_for(is_lowest)
+        self._mounter.release(snapshot_id, wait=True)
+        failpoint.hit("seal.unmounted")
+        self._finish_exchange(snapshot_id)
+        if self._in_use(self._root.fs(snapshot_id)):
+            return self._make_new_tree(snapshot_id, names)
+        usage = _strip_tree(self._root.fs(snapshot_id), names)
+        self._drop_index(snapshot_id)
+        failpoint.hit("seal.stripped")
+        self._trash.discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
+        return usage
+
+    def retire(self, snapshot_id: SnapshotId) -> None:
+        """Takes a directory that the metadata does not know out of the way: to the trash, or, while an overlay still
+        uses it, to where `sweep_busy` looks again. Raises OSError."""
+        directory = self._root.directory(snapshot_id)
+        if self._in_use(self._root.fs(snapshot_id)):
+            log.info("tree.still_in_use", id=snapshot_id)
+            directory.rename(self._root.busy / f"{snapshot_id}.{time.time_ns()}")
+        else:
+            self._trash.discard(directory, str(snapshot_id))
+
+    def sweep_busy(self) -> None:
+        """Discards what has become free. Raises OSError."""
+        for directory in self._root.busy.iterdir():
+            if not self._in_use(directory / "fs"):
+                self._trash.discard(directory, directory.name)
+
+    def _names_for(self, is_lowest: bool) -> Names:
+        return self._names.of_the_lowest_layer() if is_lowest else self._names
+
+    def _in_use(self, tree: Path) -> bool:
+        return self._can_try and tree.exists() and is_upper_in_use(tree, self._root.spool)
+
+    def _freeze(self, target: Target) -> bool:
+        """False if something is open for writing."""
+        merged, entries = self._root.mountpoint(target.id), self._root.work(target.id) / "index"
+        for _ in range(_ATTEMPTS):
+            index.complete(merged, entries)
+            if not self._mounter.freeze(target.id):
+                log.warning("commit.open_for_writing", snapshot_key=target.key, id=target.id)
+                return False
+            if index.is_complete(merged, entries):
+                return True
+            self._mounter.thaw(target.id)
+        raise Unavailable(
+            f"snapshot {quote(target.key)} cannot be committed: its hard links keep changing; stop what writes there"
+        )
+
+    def _in_place(self, target: Target, sealing: bool) -> Layer:
+        found = layer.finish(self._root.fs(target.id), self._stopping, self._names)
+        return Layer(target.id, found.usage, found.needs, sealing or found.has_dead_attributes)
+
+    @contextmanager
+    def _copy(self, target: Target) -> Iterator[Layer]:
+        with self._ids.reserve() as new_id:
+            directory = self._root.directory(new_id)
+            try:
+                directory.mkdir(mode=0o700)
+                names = self._names_for(is_lowest=not target.chain.ids)
+                clone.copy_tree(self._root.fs(target.id), self._root.fs(new_id), names, self._stopping)
+                failpoint.hit("copy.made")
+                found = layer.finish(self._root.fs(new_id), self._stopping, self._names)
+                sync_directory(directory)
+                sync_directory(self._root.snapshots)
+                log.info("commit.copied", snapshot_key=target.key, id=target.id, copy=new_id)
+                yield Layer(new_id, found.usage, found.needs, sealing=False)
+            except BaseException:
+                self._trash.discard(directory, str(new_id))
+                raise
+        # Left behind by a kill or an error here, the old directory belongs to no snapshot: the sweep retires it.
+        try:
+            failpoint.hit("copy.committed")
+            self._mounter.release(target.id)
+            failpoint.hit("copy.released")
+            self.retire(target.id)
+        except OSError as error:
+            log.warning("commit.old_tree_left", id=target.id, reason=str(error))
+
+    def _drop_index(self, snapshot_id: SnapshotId) -> None:
+        """Here and not in the background: its entries are links of the layer's own files, which st_nlink counts."""
+        work = self._root.work(snapshot_id)
+        if (work / "index").exists():
+            remove_tree(work, "index", self._stopping)
+            sync_directory(work)
+
+    def _make_new_tree(self, snapshot_id: SnapshotId, names: Names) -> Usage:
+        directory = self._root.directory(snapshot_id)
+        try:
+            clone.copy_tree(self._root.fs(snapshot_id), directory / "new", names, self._stopping)
+            usage = layer.finish(directory / "new", self._stopping, names).usage
+        except BaseException:
+            self._trash.discard(directory / "new", f"{snapshot_id}.new")
+            raise
+        failpoint.hit("seal.copied")
+        fd = os.open(directory, OPEN_DIRECTORY)
+        try:
+            linux.renameat2(fd, "fs", "new", linux.RENAME_EXCHANGE)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        log.info("commit.new_tree", id=snapshot_id)
+        failpoint.hit("seal.exchanged")
+        self._finish_exchange(snapshot_id)
+        return usage
+
+    def _finish_exchange(self, snapshot_id: SnapshotId) -> None:
+        """What is called "new" is either half a new tree, whose making was killed, or the old one after the exchange.
+
+        The old one stays whole for its readers, its work directory too: they find hard links through the index.
+        """
+        directory = self._root.directory(snapshot_id)
+        second, old = directory / "new", directory / "old"
+        if second.exists():
+            if not self._in_use(second):
+                self._trash.discard(second, f"{snapshot_id}.new")
+            else:
+                # "new" goes last: a kill before that comes here again.
+                old.mkdir(mode=0o700, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    self._root.work(snapshot_id).rename(old / "work")
+                failpoint.hit("seal.moved-work")
+                second.rename(old / "fs")
+        if old.exists():
+            failpoint.hit("seal.moved-tree")
+            old.rename(self._root.busy / f"{snapshot_id}.{time.time_ns()}")
+
+
+def _strip_tree(tree: Path, names: Names) -> Usage:
+    """Removes the dead upper's attributes from every inode, durably; what the tree costs without them."""
+    tally = Tally()
+    top = os.open(tree, OPEN_DIRECTORY)
+    try:
+        with layer.Syncer() as syncer:
+            if _strip(by_name(top, b"."), names):
+                syncer.add(os.dup(top))
+            tally.add(os.fstat(top))
+            for entry in walk(top):
+                status = entry.status
+                if _strip(by_name(entry.directory_fd, entry.name), names):
+                    # It may have had a block of its own for them.
+                    status = os.stat(entry.name, dir_fd=entry.directory_fd, follow_symlinks=False)
+                    if entry.is_file or entry.is_directory:
+                        syncer.add(layer.open_entry(entry))
+                tally.add(status)
+    finally:
+        os.close(top)
+    return tally.usage()
+
+
+def _strip(path: bytes, names: Names) -> bool:
+    try:
+        return strip_dead(path, names)
+    except PermissionError as error:
+        # An immutable inode. The attributes mean nothing to a mount that has the tree as a lower.
+        log.warning("seal.attributes_left", path=os.fsdecode(path), reason=str(error))
+        return False
