@@ -1,0 +1,462 @@
+"""The ten operations of the snapshot API, on metadata and directories. Knows nothing of gRPC.
+
+Order on disk: a directory is made and durable before a transaction names it; a transaction forgets
+a snapshot before its directory is renamed away. So whatever a kill leaves behind is a directory
+that the metadata does not know, and the sweep at the next start or Cleanup takes it.
+
+Every method may be called from any thread and blocks until it is done; only `cleanup` hands back a
+future, since it may wait for a long deletion.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from snapshotter import failpoint, features, mountinfo
+from snapshotter.claims import Busy, Claims
+from snapshotter.config import MountConfig, OverlayConfig
+from snapshotter.durable import Stopped, sync_directory
+from snapshotter.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnapshotterError,
+    Unavailable,
+    from_os_error,
+    quote,
+)
+from snapshotter.filters import compile_filters
+from snapshotter.gc import Trash
+from snapshotter.ids import Ids
+from snapshotter.meta import snapshots
+from snapshotter.meta.schema import SCHEMA_VERSION, Record
+from snapshotter.meta.snapshots import Layer, StillSealing
+from snapshotter.meta.store import Store, Tx
+from snapshotter.model import MAX_KEY_BYTES, Commitment, Creation, Info, Kind, Mount, SnapshotId, Usage
+from snapshotter.mounts import Target
+from snapshotter.mounts.mounter import Mounter
+from snapshotter.overlay.attributes import Names, copy_attributes
+from snapshotter.root import Root
+from snapshotter.seal import Sealer
+from snapshotter.usage import UsageCache, scan
+from snapshotter.walker import OPEN_DIRECTORY
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_STOPPING = "the daemon is stopping; call again when it runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the engine knows of itself, for the administrator."""
+
+    counts: dict[Kind, int]
+    pending_deletions: int
+    schema_version: int
+    lmdb_version: str
+    mount_mode: str
+    namespace_reach: str
+    """mountinfo.namespace_reach: "host", "propagated" or "private"."""
+    missing_features: dict[str, str | None]
+    """Of each feature that was probed: None if the kernel has it here, else why not."""
+    switched_on: frozenset[str]
+
+
+class Engine:
+    """Serves one locked root. `close` it."""
+
+    def __init__(self, root: Root, mount: MountConfig, overlay: OverlayConfig) -> None:
+        """Raises FailedPrecondition when this kernel or configuration cannot serve what the root holds."""
+        self._root = root
+        self._stop = threading.Event()
+        self._probe, switches = features.settle(root.spool, mount, overlay)
+        self._store = Store(root.metadata, may_create=not any(root.snapshots.iterdir()))
+        self._trash = Trash(root.trash)
+        self._mounter = Mounter(root, mount.mode, switches, layer_by_layer=self._probe.has("lowerdir+"))
+        self._usage = UsageCache()
+        self._claims = Claims()
+        with self._store.read() as tx:
+            records = list(snapshots.every(tx))
+            self._ids = Ids(root, snapshots.next_id(tx))
+        self._names = switches.attribute_names()
+        can_try = self._probe.has("index")
+        self._sealer = Sealer(root, self._mounter, self._trash, self._ids, self._names, can_try, self._stop.is_set)
+        self._lacking = features.check_store(records, switches)
+        self._mounter.adopt({record.id: record.kind for record in records})
+        self._sweep()
+        half_done = [record.id for record in records if record.sealing]
+        self._finisher = threading.Thread(target=self._seal_all, args=(half_done,), name="finisher", daemon=True)
+        self._finisher.start()
+
+    def stop(self) -> None:
+        """From now on refuses what has not reached its commit point, and ends what waits for deletions."""
+        self._stop.set()
+        self._trash.stop()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        self.stop()
+        self._finisher.join(timeout_s)
+        self._trash.close(timeout_s)
+        self._mounter.close()
+        self._store.close()
+
+    # -- the ten operations ---------------------------------------------------------------------
+
+    def create(self, want: Creation) -> tuple[Mount, ...]:
+        """Prepare and View: a new snapshot, and the mounts to make for it."""
+        _check_key("key", want.key)
+        _check_key("parent", want.parent, may_be_empty=True)
+        if want.kind is Kind.ACTIVE:
+            features.refuse_unless_writable(self._lacking, want.key)
+        return self._settled(lambda: self._create(want))
+
+    def mounts(self, key: str) -> tuple[Mount, ...]:
+        """Mounts what a restart of the host unmounted. Raises NotFound, and FailedPrecondition for a committed one."""
+        _check_key("key", key)
+
+        def act() -> tuple[Mount, ...]:
+            target = self._target(key)
+            if not target.materialized or self._mounter.is_mounted(target.id):
+                return self._mounter.describe(target)
+            # Mounting would race Commit and Remove.
+            with self._claims.hold(target.id):
+                return self._mounter.provide(self._target(key, target.id))
+
+        return self._settled(act)
+
+    def commit(self, want: Commitment) -> None:
+        """Turns an active snapshot into a committed one; when this returns, the layer is durable.
+
+        Raises Busy when another call has the snapshot. What has it mounted sees it read-only from now on.
+        """
+        _check_key("name", want.name)
+        _check_key("key", want.key)
+        _check_key("parent", want.parent, may_be_empty=True)
+        self._settled(lambda: self._commit(want))
+
+    def remove(self, key: str) -> None:
+        """Raises Busy when another call has the snapshot."""
+        _check_key("key", key)
+        self._settled(lambda: self._remove(key))
+
+    def stat(self, key: str) -> Info:
+        _check_key("key", key)
+        with self._store.read() as tx:
+            try:
+                record = snapshots.get(tx, key)
+            except StillSealing as error:
+                if error.shown is None:
+                    raise NotFound(f"snapshot {quote(key)} does not exist yet") from error
+                record = error.shown
+            return record.info(snapshots.parent_name(tx, record))
+
+    def update(self, name: str, labels: dict[str, str], paths: Sequence[str]) -> Info:
+        """Changes labels: all of them, or as the field mask `paths` says."""
+        _check_key("name", name)
+        self._check_running()
+
+        def act(tx: Tx) -> Info:
+            record = snapshots.relabel(tx, name, labels, paths)
+            return record.info(snapshots.parent_name(tx, record))
+
+        return self._settled(lambda: self._store.write(act))
+
+    @contextmanager
+    def select(self, filters: Sequence[str]) -> Iterator[Iterator[Info]]:
+        """The infos that match any filter, oldest first, as of one moment. Consume them at once: the
+        metadata cannot reuse old pages meanwhile. Raises InvalidArgument for a bad filter."""
+        matches = compile_filters(filters)
+        with self._store.read() as tx:
+            infos = (record.info(snapshots.parent_name(tx, record)) for record in snapshots.visible(tx))
+            yield filter(matches, infos)
+
+    def known_usage(self, key: str) -> Usage | None:
+        """What `usage` would answer, if that takes no scan."""
+        _check_key("key", key)
+        record = self._settled(lambda: self._get(key))
+        return self._usage.known(record.id) if record.kind is Kind.ACTIVE else record.usage
+
+    def usage(self, key: str) -> Usage:
+        """What the snapshot alone takes; of an active one as of a short time ago. Raises Busy while another call
+        measures the same snapshot."""
+        _check_key("key", key)
+        record = self._settled(lambda: self._get(key))
+        if record.kind is not Kind.ACTIVE:
+            return record.usage
+        trees = [self._root.fs(record.id), self._root.work(record.id) / "index"]
+        try:
+            return self._usage.get(record.id, lambda: scan(trees, self._stop.is_set))
+        except Stopped as error:
+            raise Unavailable(_STOPPING) from error
+        except OSError as error:
+            raise from_os_error(f"measuring snapshot {quote(key)}", error) from error
+
+    def cleanup(self) -> Future[None]:
+        """Sweeps leftovers; completes when all that was removed before is gone from the disk."""
+        self._check_running()
+        self._sweep()
+        return self._trash.drained()
+
+    # -- for the administrator ------------------------------------------------------------------
+
+    def status(self) -> Status:
+        counts = dict.fromkeys(Kind, 0)
+        with self._store.read() as tx:
+            for record in snapshots.every(tx):
+                counts[record.kind] += 1
+        return Status(
+            counts,
+            self._trash.pending(),
+            SCHEMA_VERSION,
+            self._store.engine_version(),
+            self._mounter.mode,
+            mountinfo.namespace_reach(),
+            self._probe.missing,
+            self._mounter.switched_on(),
+        )
+
+    # -- parts of the operations ----------------------------------------------------------------
+
+    def _settled(self, act: Callable[[], T]) -> T:
+        """Repeats `act` until nothing that it needs is half sealed. Raises Busy where another call is at it."""
+        while True:
+            try:
+                return act()
+            except StillSealing as error:
+                with self._claims.hold(error.id):
+                    self._seal(error.id)
+
+    def _get(self, key: str) -> Record:
+        with self._store.read() as tx:
+            return snapshots.get(tx, key)
+
+    def _target(self, key: str, expected: SnapshotId | None = None) -> Target:
+        with self._store.read() as tx:
+            record = snapshots.get(tx, key)
+            chain = snapshots.chain_below(tx, record)
+        if record.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {quote(key)} is committed; only active ones and views have mounts")
+        if expected not in (None, record.id):
+            raise NotFound(f"snapshot {quote(key)} was removed meanwhile")
+        return Target(record.id, key, record.kind, chain, record.features, record.materialized)
+
+    def _create(self, want: Creation) -> tuple[Mount, ...]:
+        with self._store.read() as tx:
+            above = snapshots.check_creatable(tx, want)
+            chain = snapshots.chain_of(tx, above)
+        with self._ids.reserve() as snapshot_id:
+            target = self._mounter.plan(Target(snapshot_id, want.key, want.kind, chain))
+            try:
+                if target.writable or not chain.ids:
+                    self._make_directory(target, want)
+                failpoint.hit("prepare.after-directory")
+                mounts = self._mounter.provide(target)
+                failpoint.hit("prepare.mounted")
+                self._check_running()
+                self._store.write(lambda tx: _insert(tx, target, want, above))
+            except BaseException:
+                self._mounter.release(snapshot_id)
+                self._discard(self._root.directory(snapshot_id), str(snapshot_id))
+                raise
+        failpoint.hit("prepare.after-transaction")
+        log.info("snapshot.created", snapshot_key=want.key, id=snapshot_id, kind=want.kind.name.lower())
+        return mounts
+
+    def _make_directory(self, target: Target, want: Creation) -> None:
+        root, layers = self._root, target.chain.ids
+        try:
+            root.directory(target.id).mkdir(mode=0o700)
+            root.fs(target.id).mkdir()
+            if layers or target.materialized:
+                root.work(target.id).mkdir(mode=0o700)
+            _dress(root.fs(target.id), root.fs(layers[0]) if layers else None, self._names)
+            sync_directory(root.directory(target.id))
+            sync_directory(root.snapshots)
+        except FileNotFoundError as error:
+            raise _parent_is_gone(want) from error
+        except OSError as error:
+            raise from_os_error(f"making the directory of snapshot {quote(want.key)}", error) from error
+
+    def _commit(self, want: Commitment) -> None:
+        with self._store.read() as tx:
+            active = snapshots.check_committable(tx, want)
+            target = Target(
+                active.id,
+                want.key,
+                active.kind,
+                snapshots.chain_below(tx, active),
+                active.features,
+                active.materialized,
+            )
+        with self._claims.hold(target.id):
+            try:
+                with self._sealer.finished(target) as made:
+                    failpoint.hit("commit.before-transaction")
+                    self._check_running()
+                    self._store.write(lambda tx: _commit_point(tx, target, want, made))
+            except Stopped as error:
+                raise Unavailable(_STOPPING) from error
+            except OSError as error:
+                raise from_os_error(f"committing snapshot {quote(want.key)}", error) from error
+            failpoint.hit("commit.after-transaction")
+            if made.sealing:
+                self._seal(made.id)
+            elif made.id == target.id:
+                # Left behind by a kill here: the sweep takes the work directory of a committed snapshot.
+                self._discard(self._root.work(made.id), f"{made.id}.work")
+        self._usage.forget(target.id)
+        log.info("snapshot.committed", name=want.name, id=made.id, size_bytes=made.usage.size_bytes)
+
+    def _seal(self, snapshot_id: SnapshotId) -> None:
+        """Finishes a commit, unless that was done meanwhile; call it under the claim.
+
+        Past the commit point there is no way back: a failure leaves it to whoever needs the snapshot next, or
+        to Remove.
+        """
+        with self._store.read() as tx:
+            record = snapshots.by_id(tx, snapshot_id) if snapshots.knows_id(tx, snapshot_id) else None
+        if record is None or not record.sealing:
+            return
+        try:
+            usage = self._sealer.seal(snapshot_id, is_lowest=record.parent_id is None)
+        except (OSError, Stopped) as error:
+            log.error("commit.seal_failed", name=record.name, id=snapshot_id, reason=str(error))
+            raise Unavailable(
+                f"snapshot {quote(record.name)} is committed, but its layer could not be finished ({error}); "
+                "try again, or remove it"
+            ) from error
+        failpoint.hit("seal.done")
+        self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, usage))
+
+    def _seal_all(self, snapshot_ids: Sequence[SnapshotId]) -> None:
+        """What an earlier run left half done; who needs one of them meanwhile waits for it."""
+        for snapshot_id in snapshot_ids:
+            try:
+                with self._claims.hold(snapshot_id):
+                    self._seal(snapshot_id)
+            except (Busy, SnapshotterError) as error:
+                log.warning("commit.left_to_who_needs_it", id=snapshot_id, reason=str(error))
+
+    def _remove(self, key: str) -> None:
+        self._check_running()
+        try:
+            snapshot_id = self._get(key).id
+        except StillSealing as error:
+            # Its commit was interrupted or could not be finished, unless the claim says that it is under way.
+            snapshot_id = error.id
+        with self._claims.hold(snapshot_id):
+            self._store.write(lambda tx: _remove_exactly(tx, key, snapshot_id))
+            failpoint.hit("remove.after-transaction")
+            # Left behind by a kill here, the mount and the directory belong to no snapshot: the next start takes them.
+            self._mounter.release(snapshot_id)
+            failpoint.hit("remove.detached")
+            self._discard(self._root.directory(snapshot_id), str(snapshot_id))
+        self._usage.forget(snapshot_id)
+        failpoint.hit("remove.after-rename")
+        log.info("snapshot.removed", snapshot_key=key, id=snapshot_id)
+
+    # -- housekeeping ---------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Retires directories without a snapshot, and discards work directories of committed ones."""
+        names = os.listdir(self._root.snapshots)
+        # In this order: what was being changed at the listing is claimed or in flight now, or its
+        # transaction, which the one below sees, is over.
+        spared = self._ids.in_flight() | self._claims.all()
+        unknown, committed = [], []
+        with self._store.read() as tx:
+            for snapshot_id in (SnapshotId(int(name)) for name in names if name.isdecimal()):
+                if snapshot_id in spared:
+                    continue
+                if not snapshots.knows_id(tx, snapshot_id):
+                    unknown.append(snapshot_id)
+                elif (record := snapshots.by_id(tx, snapshot_id)).kind is Kind.COMMITTED and not record.sealing:
+                    committed.append(snapshot_id)
+        for snapshot_id in unknown:
+            log.info("sweep.unknown_directory", id=snapshot_id)
+            self._attempt(lambda unknown_id=snapshot_id: self._sealer.retire(unknown_id))  # type: ignore[misc]
+        for snapshot_id in committed:
+            self._discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
+        self._attempt(self._sealer.sweep_busy)
+
+    @staticmethod
+    def _attempt(act: Callable[[], None]) -> None:
+        """One step of a sweep. A failure is logged and left to the next sweep; another sweep may have been faster."""
+        try:
+            act()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("sweep.failed", reason=str(error))
+
+    def _discard(self, tree: Path, label: str) -> None:
+        """Renames into the trash, at best: what called is done."""
+
+        def act() -> None:
+            self._trash.discard(tree, label)
+
+        self._attempt(act)
+
+    def _check_running(self) -> None:
+        if self._stop.is_set():
+            raise Unavailable(_STOPPING)
+
+
+def _insert(tx: Tx, target: Target, want: Creation, above: Record | None) -> None:
+    record = snapshots.insert(tx, target.id, want, target.features, target.materialized)
+    if record.parent_id != (above.id if above else None):
+        # The name now means another snapshot than the one that the directory was made for.
+        raise _parent_is_gone(want)
+
+
+def _parent_is_gone(want: Creation) -> NotFound:
+    return NotFound(f"parent {quote(want.parent)} of snapshot {quote(want.key)} was removed meanwhile")
+
+
+def _commit_point(tx: Tx, target: Target, want: Commitment, made: Layer) -> None:
+    if snapshots.check_committable(tx, want).id != target.id:
+        raise NotFound(f"snapshot {quote(want.key)} was removed meanwhile")
+    snapshots.commit(tx, want, made)
+
+
+def _remove_exactly(tx: Tx, key: str, expected: SnapshotId) -> None:
+    if snapshots.remove(tx, key) != expected:
+        raise NotFound(f"snapshot {quote(key)} was removed meanwhile")
+
+
+def _check_key(what: str, key: str, may_be_empty: bool = False) -> None:
+    if not key and not may_be_empty:
+        raise InvalidArgument(f"the {what} of a snapshot must not be empty")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise InvalidArgument(f"{what} {quote(key)} is longer than {MAX_KEY_BYTES} bytes")
+
+
+def _dress(upper: Path, parent_tree: Path | None, names: Names) -> None:
+    """Gives a new upper's root directory the mode, owner and attributes of its parent's, durably."""
+    fd = os.open(upper, OPEN_DIRECTORY)
+    try:
+        if parent_tree is None:
+            os.fchmod(fd, 0o755)
+        else:
+            parent_fd = os.open(parent_tree, OPEN_DIRECTORY)
+            try:
+                status = os.fstat(parent_fd)
+                os.fchown(fd, status.st_uid, status.st_gid)
+                os.fchmod(fd, status.st_mode & 0o7777)
+                copy_attributes(parent_fd, fd, names)
+            finally:
+                os.close(parent_fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

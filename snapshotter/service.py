@@ -1,0 +1,266 @@
+"""The gRPC services: protobuf to model and back, errors to status codes.
+
+The handlers are coroutines of one event loop, so a client that reads slowly or waits long holds no
+thread. What blocks runs in the pools of `Pools`: short calls never queue behind commits or scans.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import wraps
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import grpc
+import structlog
+from google.protobuf import empty_pb2, timestamp_pb2
+
+from snapshotter import __version__, mountinfo
+from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2, snapshots_pb2_grpc
+from snapshotter.claims import Busy
+from snapshotter.engine import Engine
+from snapshotter.errors import SnapshotterError
+from snapshotter.model import MAX_CHAIN, Commitment, Creation, Info, Kind, Mount
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+LIST_INFOS = 100
+LIST_BYTES = 4 * 1024 * 1024
+"""Most infos, and most bytes, in one message of List."""
+
+_SPOOL_MEMORY_BYTES = 256 * 1024
+_LENGTH_BYTES = 4
+
+
+class Pools:
+    """Threads for what blocks, by how long it may take. `close` them."""
+
+    def __init__(self) -> None:
+        self.quick = ThreadPoolExecutor(32, "quick")
+        self.commit = ThreadPoolExecutor(16, "commit")
+        self.scan = ThreadPoolExecutor(4, "scan")
+        self.list = ThreadPoolExecutor(4, "list")
+
+    def close(self) -> None:
+        for pool in (self.quick, self.commit, self.scan, self.list):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _run(pool: ThreadPoolExecutor, act: Callable[..., T], *arguments: Any) -> T:
+    """Runs what blocks on a pool; waits without a thread while another call has the snapshot."""
+    while True:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, act, *arguments)
+        except Busy as busy:
+            await _completed(busy.released)
+
+
+async def _completed(future: Future[None]) -> None:
+    """Waits for what others wait for too: a client that goes away must not cancel it for them."""
+    await asyncio.shield(asyncio.wrap_future(future))
+
+
+async def _abort(context: Any, call: str, error: Exception) -> None:
+    if isinstance(error, SnapshotterError):
+        log.debug("call.refused", call=call, code=error.grpc_code, reason=str(error))
+        await context.abort(grpc.StatusCode[error.grpc_code], str(error))
+    log.error("call.failed", call=call, exc_info=error)
+    await context.abort(
+        grpc.StatusCode.INTERNAL,
+        f"{call} failed inside the snapshotter ({type(error).__name__}); see its log",
+    )
+
+
+Handler = Callable[[Any, Any, Any], Awaitable[T]]
+
+
+def _answering(handler: Handler[T]) -> Handler[T]:
+    """Turns what the handler raises into a status."""
+
+    @wraps(handler)
+    async def wrapped(self: Any, request: Any, context: Any) -> T:
+        began_s = time.monotonic()
+        try:
+            return await handler(self, request, context)
+        except Exception as error:
+            await _abort(context, handler.__name__, error)
+            raise
+        finally:
+            log.debug("call", call=handler.__name__, ms=round((time.monotonic() - began_s) * 1e3, 2))
+
+    return wrapped
+
+
+class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
+    """containerd.services.snapshots.v1."""
+
+    def __init__(self, engine: Engine, pools: Pools, spool: Path) -> None:
+        self._engine = engine
+        self._pools = pools
+        self._spool = spool
+
+    @_answering
+    async def Prepare(self, request: Any, _context: Any) -> Any:
+        mounts = await self._create(Kind.ACTIVE, request)
+        return snapshots_pb2.PrepareSnapshotResponse(mounts=mounts)
+
+    @_answering
+    async def View(self, request: Any, _context: Any) -> Any:
+        mounts = await self._create(Kind.VIEW, request)
+        return snapshots_pb2.ViewSnapshotResponse(mounts=mounts)
+
+    @_answering
+    async def Mounts(self, request: Any, _context: Any) -> Any:
+        mounts = await _run(self._pools.quick, self._engine.mounts, request.key)
+        return snapshots_pb2.MountsResponse(mounts=_mounts_to_proto(mounts))
+
+    @_answering
+    async def Commit(self, request: Any, _context: Any) -> Any:
+        want = Commitment(request.name, request.key, request.parent, dict(request.labels))
+        await _run(self._pools.commit, self._engine.commit, want)
+        return empty_pb2.Empty()
+
+    @_answering
+    async def Remove(self, request: Any, _context: Any) -> Any:
+        await _run(self._pools.quick, self._engine.remove, request.key)
+        return empty_pb2.Empty()
+
+    @_answering
+    async def Stat(self, request: Any, _context: Any) -> Any:
+        info = await _run(self._pools.quick, self._engine.stat, request.key)
+        return snapshots_pb2.StatSnapshotResponse(info=_info_to_proto(info))
+
+    @_answering
+    async def Update(self, request: Any, _context: Any) -> Any:
+        info = await _run(
+            self._pools.quick, self._engine.update,
+            request.info.name, dict(request.info.labels), list(request.update_mask.paths),
+        )  # fmt: skip
+        return snapshots_pb2.UpdateSnapshotResponse(info=_info_to_proto(info))
+
+    async def List(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Spools the whole answer first: a slow reader holds neither memory nor a view of the metadata."""
+        try:
+            spool = await _run(self._pools.list, self._spool_list, list(request.filters))
+        except Exception as error:
+            await _abort(context, "List", error)
+            raise
+        with spool:
+            while length := spool.read(_LENGTH_BYTES):
+                raw = spool.read(int.from_bytes(length, "little"))
+                yield snapshots_pb2.ListSnapshotsResponse.FromString(raw)
+
+    @_answering
+    async def Usage(self, request: Any, _context: Any) -> Any:
+        usage = await _run(self._pools.quick, self._engine.known_usage, request.key)
+        if usage is None:
+            usage = await _run(self._pools.scan, self._engine.usage, request.key)
+        return snapshots_pb2.UsageResponse(size=usage.size_bytes, inodes=usage.inodes)
+
+    @_answering
+    async def Cleanup(self, _request: Any, _context: Any) -> Any:
+        await _completed(await _run(self._pools.quick, self._engine.cleanup))
+        return empty_pb2.Empty()
+
+    async def _create(self, kind: Kind, request: Any) -> list[Any]:
+        want = Creation(kind, request.key, request.parent, dict(request.labels))
+        return _mounts_to_proto(await _run(self._pools.quick, self._engine.create, want))
+
+    def _spool_list(self, filters: Sequence[str]) -> IO[bytes]:
+        spool: IO[bytes] = cast(
+            IO[bytes],
+            tempfile.SpooledTemporaryFile(_SPOOL_MEMORY_BYTES, dir=str(self._spool)),  # noqa: SIM115
+        )
+        try:
+            with self._engine.select(filters) as infos:
+                for message in _in_messages(infos):
+                    raw = message.SerializeToString()
+                    spool.write(len(raw).to_bytes(_LENGTH_BYTES, "little"))
+                    spool.write(raw)
+            spool.seek(0)
+        except BaseException:
+            spool.close()
+            raise
+        return spool
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """dedup_snapshotter.admin.v1."""
+
+    def __init__(self, engine: Engine, pools: Pools, root: Path, address: Path) -> None:
+        self._engine = engine
+        self._pools = pools
+        self._root = root
+        self._address = address
+        self._started = timestamp_pb2.Timestamp()
+        self._started.GetCurrentTime()
+
+    @_answering
+    async def Info(self, _request: Any, _context: Any) -> Any:
+        status = await _run(self._pools.quick, self._engine.status)
+        return admin_pb2.InfoResponse(
+            version=__version__,
+            pid=os.getpid(),
+            started_at=self._started,
+            root=str(self._root),
+            address=str(self._address),
+            filesystem=mountinfo.filesystem_of(self._root),
+            active=status.counts[Kind.ACTIVE],
+            views=status.counts[Kind.VIEW],
+            committed=status.counts[Kind.COMMITTED],
+            pending_deletions=status.pending_deletions,
+            max_chain=MAX_CHAIN,
+            schema_version=status.schema_version,
+            lmdb_version=status.lmdb_version,
+            mount_mode=status.mount_mode,
+            namespace_reach=status.namespace_reach,
+            features=[
+                admin_pb2.Feature(name=name, works=missing is None, reason=missing or "", on=name in status.switched_on)
+                for name, missing in status.missing_features.items()
+            ],
+        )
+
+
+def _mounts_to_proto(mounts: Sequence[Mount]) -> list[Any]:
+    return [mount_pb2.Mount(type=m.type, source=m.source, options=m.options) for m in mounts]
+
+
+def _info_to_proto(info: Info) -> Any:
+    return snapshots_pb2.Info(
+        name=info.name,
+        parent=info.parent,
+        kind=snapshots_pb2.Kind.Name(info.kind),
+        created_at=_timestamp(info.created_ns),
+        updated_at=_timestamp(info.updated_ns),
+        labels=info.labels,
+    )
+
+
+def _timestamp(time_ns: int) -> timestamp_pb2.Timestamp:
+    seconds, nanos = divmod(time_ns, 1_000_000_000)
+    return timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos)
+
+
+def _in_messages(infos: Iterator[Info]) -> Iterator[Any]:
+    """At most LIST_INFOS infos and LIST_BYTES bytes a message; none if there are no infos."""
+    message = snapshots_pb2.ListSnapshotsResponse()
+    size_bytes = 0
+    for info in infos:
+        item = _info_to_proto(info)
+        # A field in the message costs its tag and its length beside the item.
+        item_bytes = item.ByteSize() + 6
+        if message.info and (len(message.info) == LIST_INFOS or size_bytes + item_bytes > LIST_BYTES):
+            yield message
+            message = snapshots_pb2.ListSnapshotsResponse()
+            size_bytes = 0
+        message.info.append(item)
+        size_bytes += item_bytes
+    if message.info:
+        yield message
