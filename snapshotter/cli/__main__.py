@@ -1,0 +1,7 @@
+"""`python -m snapshotter.cli` is `snapctl`."""
+
+import sys
+
+from snapshotter.cli import main
+
+sys.exit(main())
