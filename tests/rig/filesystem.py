@@ -1,0 +1,69 @@
+"""A filesystem in a sparse image file, mounted through a loop device that goes with its mount."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.rig.namespace import RigError
+from tests.rig.roots import unmount_below
+
+MAKE = {
+    "xfs": ("mkfs.xfs", "-q", "-m", "reflink=1"),
+    "btrfs": ("mkfs.btrfs", "-q"),
+    "ext4": ("mkfs.ext4", "-q", "-E", "lazy_itable_init=1,lazy_journal_init=1"),
+}
+
+
+@contextmanager
+def filesystem(kind: str, directory: Path, size_bytes: int) -> Iterator[Path]:
+    """Where a fresh one is mounted, below `directory`. At the end it is unmounted, with all that is mounted on it,
+    and the image removed. Raises RigError when it cannot be made, or is still in use at the end."""
+    image, mountpoint = directory / f"{kind}.img", directory / kind
+    image.touch()
+    os.truncate(image, size_bytes)
+    mountpoint.mkdir()
+    try:
+        _run(*MAKE[kind], image)
+        # losetup's autoclear, which mount sets: the last umount detaches the device.
+        _run("mount", "-t", kind, "-o", "loop", image, mountpoint)
+        yield mountpoint
+    finally:
+        device = _loop_device(image)
+        unmount_below(mountpoint)
+        mountpoint.rmdir()
+        image.unlink()
+        if device:
+            _wait_until_detached(device)
+
+
+def allocated_bytes(mountpoint: Path) -> int:
+    """What the whole filesystem has in use once all is written."""
+    _run("sync", "--file-system", mountpoint)
+    found = os.statvfs(mountpoint)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def _loop_device(image: Path) -> str:
+    return _run("losetup", "--noheadings", "--output", "NAME", "--associated", image).strip()
+
+
+def _wait_until_detached(device: str) -> None:
+    """A detached mount, and the device with it, goes when its last user does."""
+    backing = Path("/sys/block", Path(device).name, "loop/backing_file")
+    deadline = time.monotonic() + 10
+    while backing.exists():
+        if time.monotonic() > deadline:
+            raise RigError(f"{device} is still in use")
+        time.sleep(0.02)
+
+
+def _run(*argv: str | Path) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RigError(f"`{' '.join(map(str, argv))}` exited with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
