@@ -45,6 +45,7 @@ from snapshotter.model import MAX_KEY_BYTES, Commitment, Creation, Info, Kind, M
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay.attributes import Names, copy_attributes
+from snapshotter.overlay.trial import trial_switches
 from snapshotter.root import Root
 from snapshotter.seal import Sealer
 from snapshotter.usage import UsageCache, scan
@@ -90,8 +91,8 @@ class Engine:
             records = list(snapshots.every(tx))
             self._ids = Ids(root, snapshots.next_id(tx))
         self._names = switches.attribute_names()
-        can_try = self._probe.has("index")
-        self._sealer = Sealer(root, self._mounter, self._trash, self._ids, self._names, can_try, self._stop.is_set)
+        trial = trial_switches(self._probe)
+        self._sealer = Sealer(root, self._mounter, self._trash, self._ids, self._names, trial, self._stop.is_set)
         self._lacking = features.check_store(records, switches)
         self._mounter.adopt({record.id: record.kind for record in records})
         self._sweep()

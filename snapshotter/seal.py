@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,16 +54,16 @@ class Sealer:
         trash: Trash,
         ids: Ids,
         names: Names,
-        can_try: bool,
+        trial: Mapping[str, str | None] | None,
         stopping: Callable[[], bool],
     ) -> None:
-        """`can_try`: the kernel has index=on, without which it does not tell whether an upper is in use."""
+        """`trial`: how to ask the kernel whether an upper is in use (overlay.trial), None if it cannot tell."""
         self._root = root
         self._mounter = mounter
         self._trash = trash
         self._ids = ids
         self._names = names
-        self._can_try = can_try
+        self._trial = trial
         self._stopping = stopping
 
     @contextmanager
@@ -124,7 +124,7 @@ class Sealer:
         return self._names.of_the_lowest_layer() if is_lowest else self._names
 
     def _in_use(self, tree: Path) -> bool:
-        return self._can_try and tree.exists() and is_upper_in_use(tree, self._root.spool)
+        return self._trial is not None and tree.exists() and is_upper_in_use(tree, self._root.spool, self._trial)
 
     def _freeze(self, target: Target) -> bool:
         """False if something is open for writing."""

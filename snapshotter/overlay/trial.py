@@ -5,13 +5,24 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from snapshotter import failpoint, linux
 from snapshotter.overlay.mounting import Overlay, mount
+from snapshotter.overlay.probe import Probe
 
 
-def is_upper_in_use(tree: Path, scratch: Path) -> bool:
+def trial_switches(probe: Probe) -> dict[str, str | None] | None:
+    """What to try with on this kernel; None if it cannot tell. Volatile where it can be, or the trial's unmount
+    would sync the whole filesystem."""
+    if not probe.has("index"):
+        return None
+    volatile: dict[str, str | None] = {"volatile": None} if probe.has("volatile") else {}
+    return {"index": "on", **volatile}
+
+
+def is_upper_in_use(tree: Path, scratch: Path, switches: Mapping[str, str | None]) -> bool:
     """Asks the kernel by mounting `tree` as a lower with index=on, which it refuses (EBUSY) while some overlay has
     it as upper, be it mounted, detached or only bound.
 
@@ -23,8 +34,7 @@ def is_upper_in_use(tree: Path, scratch: Path) -> bool:
         for made in (upper, work, merged):
             made.mkdir()
         try:
-            # Volatile, or its unmount would sync the whole filesystem.
-            mount(Overlay((tree,), upper, work, switches={"index": "on", "volatile": None}), merged, "trial")
+            mount(Overlay((tree,), upper, work, switches=switches), merged, "trial")
         except OSError as error:
             if error.errno == errno.EBUSY:
                 return True
