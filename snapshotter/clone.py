@@ -29,14 +29,14 @@ _MAX_PATH_BYTES = 4000
 """PATH_MAX is 4,096, the final NUL and a name included."""
 
 
-def copy_tree(source: Path, target: Path, names: Names, stopping: Callable[[], bool]) -> None:
+def copy_tree(source: Path, target: Path, names: Names, reflink: bool, stopping: Callable[[], bool]) -> None:
     """Copies a tree that may change meanwhile: what vanishes is left out, what is written is copied as it was found.
 
     `target` must not exist. Raises durable.Stopped when `stopping()` says so, and OSError; what is there of
     `target` then is the caller's to remove.
     """
     target.mkdir(mode=0o700)
-    copier = _Copier(names, stopping)
+    copier = _Copier(names, reflink, stopping)
     try:
         copier.run(os.open(source, OPEN_DIRECTORY), os.open(target, OPEN_DIRECTORY))
     finally:
@@ -57,8 +57,9 @@ class _Level:
 
 
 class _Copier:
-    def __init__(self, names: Names, stopping: Callable[[], bool]) -> None:
+    def __init__(self, names: Names, reflink: bool, stopping: Callable[[], bool]) -> None:
         self._names = names
+        self._reflink = reflink
         self._stopping = stopping
         self._levels: list[_Level] = []
         self._top_fd = -1
@@ -120,7 +121,8 @@ class _Copier:
         # Before the data: a metacopy file whose data the kernel copies up meanwhile is still one for us.
         attributes = living_attributes(by_name(source_fd, name), self._names)
         if stat.S_ISREG(status.st_mode):
-            _copy_file(name, source_fd, target_fd, with_data=self._names.metacopy not in attributes)
+            with_data = self._names.metacopy not in attributes
+            _copy_file(name, source_fd, target_fd, with_data=with_data, reflink=self._reflink)
         elif stat.S_ISLNK(status.st_mode):
             os.symlink(os.readlink(name, dir_fd=source_fd), name, dir_fd=target_fd)
         else:
@@ -163,7 +165,7 @@ def _close(level: _Level) -> None:
     level.source_fd = level.target_fd = -1
 
 
-def _copy_file(name: bytes, source_fd: int, target_fd: int, with_data: bool) -> None:
+def _copy_file(name: bytes, source_fd: int, target_fd: int, with_data: bool, reflink: bool) -> None:
     source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source_fd)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -171,7 +173,8 @@ def _copy_file(name: bytes, source_fd: int, target_fd: int, with_data: bool) -> 
         try:
             size_bytes = os.fstat(source).st_size
             if with_data:
-                _copy_data(source, target, size_bytes)
+                if not (reflink and _share_data(source, target)):
+                    _copy_data(source, target, size_bytes)
             else:
                 os.ftruncate(target, size_bytes)
         finally:
@@ -180,13 +183,18 @@ def _copy_file(name: bytes, source_fd: int, target_fd: int, with_data: bool) -> 
         os.close(source)
 
 
-def _copy_data(source: int, target: int, size_bytes: int) -> None:
+def _share_data(source: int, target: int) -> bool:
+    """Whether the target now has the source's extents (ioctl_ficlonerange(2))."""
     try:
         fcntl.ioctl(target, linux.FICLONE, source)
-        return
     except OSError as error:
         if error.errno not in _NO_CLONE:
             raise
+        return False
+    return True
+
+
+def _copy_data(source: int, target: int, size_bytes: int) -> None:
     os.ftruncate(target, size_bytes)
     at = 0
     while at < size_bytes:

@@ -44,7 +44,7 @@ def _switch() -> str:
 
 @dataclass(frozen=True, slots=True)
 class OverlayConfig:
-    """A field a switchable feature, named as overlayfs names it."""
+    """A field a feature: first the mount options by their names, then what the kernel or the filesystem can do."""
 
     index: str = _switch()
     metacopy: str = _switch()
@@ -53,6 +53,10 @@ class OverlayConfig:
     nfs_export: str = _switch()
     volatile: str = _switch()
     userxattr: str = _switch()
+    lowerdir_plus: str = _switch()
+    data_only: str = _switch()
+    reflink: str = _switch()
+    idmapped: str = _switch()
 
 
 @dataclass(frozen=True, slots=True)

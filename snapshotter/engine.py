@@ -84,7 +84,7 @@ class Engine:
         self._probe, switches = features.settle(root.spool, mount, overlay)
         self._store = Store(root.metadata, may_create=not any(root.snapshots.iterdir()))
         self._trash = Trash(root.trash)
-        self._mounter = Mounter(root, mount.mode, switches, layer_by_layer=self._probe.has("lowerdir+"))
+        self._mounter = Mounter(root, mount.mode, switches, layer_by_layer="lowerdir_plus" in switches.on)
         self._usage = UsageCache()
         self._claims = Claims()
         with self._store.read() as tx:
@@ -92,7 +92,9 @@ class Engine:
             self._ids = Ids(root, snapshots.next_id(tx))
         self._names = switches.attribute_names()
         trial = trial_switches(self._probe)
-        self._sealer = Sealer(root, self._mounter, self._trash, self._ids, self._names, trial, self._stop.is_set)
+        self._sealer = Sealer(
+            root, self._mounter, self._trash, self._ids, self._names, trial, "reflink" in switches.on, self._stop.is_set
+        )
         self._lacking = features.check_store(records, switches)
         self._mounter.adopt({record.id: record.kind for record in records})
         self._sweep()

@@ -55,6 +55,7 @@ class Sealer:
         ids: Ids,
         names: Names,
         trial: Mapping[str, str | None] | None,
+        reflink: bool,
         stopping: Callable[[], bool],
     ) -> None:
         """`trial`: how to ask the kernel whether an upper is in use (overlay.trial), None if it cannot tell."""
@@ -64,6 +65,7 @@ class Sealer:
         self._ids = ids
         self._names = names
         self._trial = trial
+        self._reflink = reflink
         self._stopping = stopping
 
     @contextmanager
@@ -152,7 +154,7 @@ class Sealer:
             try:
                 directory.mkdir(mode=0o700)
                 names = self._names_for(is_lowest=not target.chain.ids)
-                clone.copy_tree(self._root.fs(target.id), self._root.fs(new_id), names, self._stopping)
+                clone.copy_tree(self._root.fs(target.id), self._root.fs(new_id), names, self._reflink, self._stopping)
                 failpoint.hit("copy.made")
                 found = layer.finish(self._root.fs(new_id), self._stopping, self._names)
                 sync_directory(directory)
@@ -181,7 +183,7 @@ class Sealer:
     def _make_new_tree(self, snapshot_id: SnapshotId, names: Names) -> Usage:
         directory = self._root.directory(snapshot_id)
         try:
-            clone.copy_tree(self._root.fs(snapshot_id), directory / "new", names, self._stopping)
+            clone.copy_tree(self._root.fs(snapshot_id), directory / "new", names, self._reflink, self._stopping)
             usage = layer.finish(directory / "new", self._stopping, names).usage
         except BaseException:
             self._trash.discard(directory / "new", f"{snapshot_id}.new")

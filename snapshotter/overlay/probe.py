@@ -46,7 +46,7 @@ def probe(directory: Path) -> Probe:
             "nfs_export": _failure(lambda: try_switches(scratch, {"index": "on", "nfs_export": "on"})),
             "volatile": _failure(lambda: try_switches(scratch, {"volatile": None})),
             "userxattr": _failure(lambda: try_switches(scratch, {"userxattr": None})),
-            "lowerdir+": None if has_lowerdir_plus(scratch) else "unknown to this kernel",
+            "lowerdir_plus": None if has_lowerdir_plus(scratch) else "unknown to this kernel",
             "data_only": _failure(lambda: _try_data_only(scratch)),
             "reflink": _failure(lambda: _try_reflink(scratch)),
             "idmapped": _failure(lambda: _try_idmapped(scratch)),

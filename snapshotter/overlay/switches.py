@@ -18,6 +18,9 @@ _OPTIONS = {Feature.METACOPY: "metacopy", Feature.REDIRECT_DIR: "redirect_dir", 
 
 FLAGS = frozenset({"volatile", "userxattr"})
 
+ABILITIES = ("lowerdir_plus", "data_only", "reflink", "idmapped")
+"""No mount options: used where they are, unless turned off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Switches:
@@ -74,7 +77,7 @@ def choose(settings: Mapping[str, str], probe: Probe, in_user_namespace: bool) -
             "overlay.userxattr is on, but we are in no user namespace: containerd marks opaque directories with "
             "trusted.overlay.opaque here, which such a mount does not see"
         )
-    wanted = WANTED | ({"userxattr"} if in_user_namespace else set())
+    wanted = WANTED.union(ABILITIES, {"userxattr"} if in_user_namespace else ())
     on = set()
     for name, setting in settings.items():
         if setting == "on" and not probe.has(name):

@@ -22,6 +22,8 @@ from snapshotter.errors import FailedPrecondition
 from snapshotter.meta import schema
 from snapshotter.meta.store import Store
 from snapshotter.model import Kind
+from snapshotter.overlay.probe import SWITCHES, Probe
+from snapshotter.overlay.switches import ABILITIES, choose
 from tests.rig.host import Host
 from tests.rig.namespace import CHECKOUT, RigError
 
@@ -73,10 +75,10 @@ def test_the_probe_agrees_with_this_kernel(host: Host) -> None:
     assert found["reflink"].works or found["reflink"].reason
     release = tuple(int(word) for word in os.uname().release.split(".")[:2])
     assert found["data_only"].works or release < (6, 5)
-    assert found["lowerdir+"].works or release < (6, 7)
+    assert found["lowerdir_plus"].works or release < (6, 7)
     assert found["idmapped"].works or release < (5, 19)
     assert all(bool(feature.reason) != feature.works for feature in found.values())
-    assert {name for name, feature in found.items() if feature.on} == {"index", "metacopy", "redirect_dir"}
+    assert {name for name, feature in found.items() if feature.on} - set(ABILITIES) == ON
     assert os.listdir(host.root / "spool") == [], "the probe leaves nothing"
     assert host.daemon.log_text().count("overlay.features") == 1
 
@@ -104,7 +106,7 @@ ON = {"index", "metacopy", "redirect_dir"}
 def test_the_configuration_turns_features_on_and_off(base: Path, overlay: dict[str, str], on: set[str]) -> None:
     """As the mount has it that a container then gets; and layers are made and read under it."""
     with Host(base, overlay=overlay) as host:
-        assert {feature.name for feature in host.client.info().features if feature.on} == on
+        assert {feature.name for feature in host.client.info().features if feature.on} - set(ABILITIES) == on
         host.unpack("image", fill=image)
         with host.running("key", "image") as merged:
             in_force = mountinfo.options_at(host.materialized("key"))
@@ -137,6 +139,22 @@ def test_an_impossible_combination_is_refused_with_the_kernels_reason(base: Path
             assert f"{name}={value}" in line
         assert "Invalid argument" in line
         assert "conflicting options" in line or "requires" in line or "NFS export" in line, line
+
+
+def test_abilities_are_used_where_they_are_unless_turned_off(base: Path) -> None:
+    with Host(base) as host:
+        for feature in host.client.info().features:
+            if feature.name in ABILITIES:
+                assert feature.on == feature.works
+    with Host(base, overlay=dict.fromkeys(ABILITIES, "off")) as host:
+        assert {feature.name for feature in host.client.info().features if feature.on} == ON
+
+
+def test_an_ability_that_is_insisted_on_and_missing_is_refused() -> None:
+    settings = {**dict.fromkeys((*SWITCHES, *ABILITIES), "auto"), "reflink": "on"}
+    missing: dict[str, str | None] = {**dict.fromkeys(settings), "reflink": "Operation not supported"}
+    with pytest.raises(FailedPrecondition, match=r"overlay\.reflink.*Operation not supported"):
+        choose(settings, Probe(missing), in_user_namespace=False)
 
 
 def test_userxattr_is_refused_where_containerds_layers_would_be_misread(base: Path) -> None:

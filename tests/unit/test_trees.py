@@ -210,7 +210,7 @@ def test_a_copy_keeps_hard_links_and_holds_few_descriptors_however_deep(base: Pa
     os.link("one", "two", src_dir_fd=bottom, dst_dir_fd=bottom)
     os.close(bottom)
     before = open_descriptors()
-    clone.copy_tree(base / "deep", base / "copy", TRUSTED, never)
+    clone.copy_tree(base / "deep", base / "copy", TRUSTED, True, never)
     assert open_descriptors() == before
     assert sorted(names_below(base / "copy")) == sorted(names_below(base / "deep"))
     bottom = open_deepest(base / "copy")
@@ -240,7 +240,7 @@ def test_a_metacopy_file_that_is_copied_up_during_the_copy_stays_one(
         copy_file(*arguments, **options)
 
     monkeypatch.setattr(clone, "_copy_file", interrupted)
-    clone.copy_tree(base / "tree", base / "copy", TRUSTED, never)
+    clone.copy_tree(base / "tree", base / "copy", TRUSTED, True, never)
     assert os.listxattr(base / "copy" / "f") == [TRUSTED.metacopy]
     assert (base / "copy" / "f").stat().st_size == 8000
 
