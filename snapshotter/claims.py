@@ -40,10 +40,6 @@ class Claims:
                 del self._held[snapshot_id]
             mine.set_result(None)
 
-    def holder(self, snapshot_id: SnapshotId) -> Future[None] | None:
-        with self._lock:
-            return self._held.get(snapshot_id)
-
     def all(self) -> frozenset[SnapshotId]:
         """What is claimed now."""
         with self._lock:

@@ -13,9 +13,6 @@ from pathlib import Path
 
 from snapshotter import linux
 
-MAX_LOWERS = 500
-"""fs/overlayfs/params.h: OVL_MAX_STACK, data-only layers included."""
-
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
