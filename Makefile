@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-install demo test nightly conformance lint bench install uninstall clean
+.PHONY: help setup setup-demo setup-install setup-bench demo test nightly conformance lint bench install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,9 @@ setup-demo:
 setup-install:
 	@deploy/setup.sh install
 
+setup-bench:
+	@deploy/setup.sh bench
+
 nightly: setup  ## the tests again, with larger numbers (root)
 	@$(PYTHON) -m pytest --nightly
 
@@ -39,7 +42,7 @@ lint: setup  ## style, types, and the order of imports
 	@mkdir -p .cache
 	@.venv/bin/lint-imports >.cache/lint-imports.log || { cat .cache/lint-imports.log; exit 1; }
 
-bench: setup  ## measure; prints ratios (root)
+bench: setup-bench  ## measure; prints ratios (root)
 	@for file in bench/[a-z]*.py; do $(PYTHON) -m bench.$$(basename $$file .py) || exit 1; done
 
 install: setup-install  ## install the daemon and snapctl on this host (PREFIX=/usr/local, DESTDIR=)

@@ -5,6 +5,7 @@
 #   deploy/setup.sh install    Python only: what `make install` needs
 #   deploy/setup.sh demo       and containerd
 #   deploy/setup.sh test       and Go, linters and tools for the tests
+#   deploy/setup.sh bench      and what bench/ measures against
 #
 #   .venv/.setup          where and for what .venv was made, written last; without it .venv is made anew
 #   .cache/setup.log      the output of the last apt and pip
@@ -46,7 +47,7 @@ Read timed out" "$log" | head -n 1
 main() {
     case ${1-} in
         install | demo) profile=$1 scope=run ;;
-        test) profile=$1 scope=dev ;;
+        test | bench) profile=$1 scope=dev ;;
         *) die "usage: deploy/setup.sh install|demo|test" ;;
     esac
     is_ready && return
@@ -81,7 +82,7 @@ missing_packages() {
         for_program nsenter util-linux
         for_program mount mount
     fi
-    if [ "$profile" = test ]; then
+    if [ "$scope" = dev ]; then
         for_program go golang-go
         [ -d /usr/share/gocode/src/github.com/containerd/containerd ] ||
             want golang-github-containerd-containerd-dev
@@ -92,6 +93,13 @@ missing_packages() {
         for_program mkfs.xfs xfsprogs
         for_program mkfs.btrfs btrfs-progs
         for_program strace strace
+    fi
+    if [ "$profile" = bench ]; then
+        for_program ostree ostree
+        for_program hardlink util-linux
+        for_program jdupes jdupes
+        for_program b3sum b3sum
+        for_program eatmydata eatmydata
     fi
 }
 

@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from snapshotter import errors
 from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2, snapshots_pb2_grpc
-from snapshotter.model import Info, Kind, Mount, Usage
+from snapshotter.model import Extent, Freed, Info, Kind, Mount, SnapshotSpace, Space, Usage
 
 START_HINT = 'start the daemon with "systemctl start dedup-snapshotter"'
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -60,14 +61,15 @@ class DaemonInfo:
     lmdb_version: str
     mount_mode: str
     namespace_reach: str
+    dedup_strategy: str
     features: tuple[Feature, ...]
 
 
 class Client:
     """One connection. Calls block; the object may be shared by threads.
 
-    Prepare, View, Mounts, Stat, Update, Remove, Usage and Info give up after a minute. Commit and
-    Cleanup take as long as their disk does, and List as long as its reader: these have no limit.
+    Prepare, View, Mounts, Stat, Update, Remove, Usage and Info give up after a minute. Commit, Cleanup,
+    Space and Collect take as long as their disk does, and List as long as its reader: these have no limit.
     """
 
     def __init__(self, address: str, timeout_s: float = _QUICK_TIMEOUT_S) -> None:
@@ -159,6 +161,24 @@ class Client:
         other = ("started_ns", "features")
         same = {name: getattr(answer, name) for name in DaemonInfo.__dataclass_fields__ if name not in other}
         return DaemonInfo(started_ns=_ns(answer.started_at), features=features, **same)
+
+    def space(self, now: bool = False) -> Space:
+        """What the store takes, as of the last pass over it in the background; `now` makes a pass."""
+        stream = self._admin.Space(admin_pb2.SpaceRequest(now=now))
+        answer = admin_pb2.SpaceResponse()
+        try:
+            for message in stream:
+                answer.MergeFrom(message)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        finally:
+            stream.cancel()
+        return _space(answer)
+
+    def collect(self, dry_run: bool = False) -> Freed:
+        """Returns when what nothing uses is deleted; `dry_run` only says what that would be."""
+        answer = self._call_unlimited(self._admin.Collect, admin_pb2.CollectRequest(dry_run=dry_run))
+        return Freed(objects=_extent(answer.objects), trees=answer.trees)
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         return self._call_within(self._timeout_s, method, request)
@@ -255,5 +275,40 @@ def _info(info: snapshots_pb2.Info) -> Info:
     )
 
 
-def _ns(time: Timestamp) -> int:
+def _space(answer: admin_pb2.SpaceResponse) -> Space:
+    store = answer.store
+    return Space(
+        as_of_ns=_ns(store.as_of),
+        took_ns=_ns(store.took),
+        snapshots=tuple(map(_snapshot_space, answer.snapshots)),
+        apparent_bytes=store.apparent_bytes,
+        allocated=_extent(store.allocated),
+        unshared=_extent(store.unshared),
+        objects=_extent(store.objects),
+        filesystem_inodes=store.filesystem_inodes,
+        filesystem_inodes_free=store.filesystem_inodes_free,
+        filesystem_bytes=store.filesystem_bytes,
+        filesystem_bytes_free=store.filesystem_bytes_free,
+        private=dict(store.private),
+    )
+
+
+def _snapshot_space(space: admin_pb2.SnapshotSpace) -> SnapshotSpace:
+    return SnapshotSpace(
+        name=space.name,
+        kind=Kind(space.kind),
+        strategy=space.strategy,
+        apparent_bytes=space.apparent_bytes,
+        allocated=_extent(space.allocated),
+        shared=_extent(space.shared),
+        exclusive=_extent(space.exclusive),
+        private=dict(space.private),
+    )
+
+
+def _extent(extent: admin_pb2.Extent) -> Extent:
+    return Extent(size_bytes=extent.size_bytes, inodes=extent.inodes)
+
+
+def _ns(time: Timestamp | Duration) -> int:
     return time.seconds * 1_000_000_000 + time.nanos

@@ -12,13 +12,11 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotter import linux
-from snapshotter.durable import Stopped
 from snapshotter.overlay.attributes import Names, by_name, living_attributes, set_attributes
 from snapshotter.walker import OPEN_DIRECTORY, open_parent
 
@@ -29,14 +27,14 @@ _MAX_PATH_BYTES = 4000
 """PATH_MAX is 4,096, the final NUL and a name included."""
 
 
-def copy_tree(source: Path, target: Path, names: Names, reflink: bool, stopping: Callable[[], bool]) -> None:
+def copy_tree(source: Path, target: Path, names: Names, reflink: bool) -> None:
     """Copies a tree that may change meanwhile: what vanishes is left out, what is written is copied as it was found.
 
-    `target` must not exist. Raises durable.Stopped when `stopping()` says so, and OSError; what is there of
-    `target` then is the caller's to remove.
+    `target` must not exist. Raises OSError; what is there of `target` then is the caller's to remove. Runs in a worker
+    process.
     """
     target.mkdir(mode=0o700)
-    copier = _Copier(names, reflink, stopping)
+    copier = _Copier(names, reflink)
     try:
         copier.run(os.open(source, OPEN_DIRECTORY), os.open(target, OPEN_DIRECTORY))
     finally:
@@ -57,10 +55,9 @@ class _Level:
 
 
 class _Copier:
-    def __init__(self, names: Names, reflink: bool, stopping: Callable[[], bool]) -> None:
+    def __init__(self, names: Names, reflink: bool) -> None:
         self._names = names
         self._reflink = reflink
-        self._stopping = stopping
         self._levels: list[_Level] = []
         self._top_fd = -1
         self._first: dict[int, bytes] = {}
@@ -76,8 +73,6 @@ class _Copier:
             if not level.remaining:
                 self._leave()
                 continue
-            if self._stopping():
-                raise Stopped("copy")
             name = os.fsencode(level.remaining.pop())
             with suppress(FileNotFoundError):
                 self._entry(level, name)

@@ -20,6 +20,8 @@ DEFAULT_PATH = Path("/etc/dedup-snapshotter/config.toml")
 MOUNT_MODES = ("daemon", "client")
 SWITCH_SETTINGS = ("auto", "on", "off")
 
+STRATEGIES = ("auto", "stub", "hardlink", "off")
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("auto", "logfmt", "json")
 
@@ -60,11 +62,19 @@ class OverlayConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DedupConfig:
+    strategy: str = field(default="auto", metadata={"choices": STRATEGIES})
+    stub_min_bytes: int = field(default=4096, metadata={"least": 1})
+    never_link: tuple[str, ...] = ("etc/cron*", "var/spool/cron")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     root: str = "/var/lib/dedup-snapshotter"
     address: str = "/run/dedup-snapshotter/dedup-snapshotter.sock"
     mount: MountConfig = field(default_factory=MountConfig)
     overlay: OverlayConfig = field(default_factory=OverlayConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -114,11 +124,18 @@ def _build(cls: type[T], table: dict[str, Any], prefix: str, source: str) -> T:
 
 
 def _checked(spec: dataclasses.Field[Any], kind: type, value: object, where: str) -> object:
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InvalidArgument(f"{where} must be an array of strings, not {value!r}")
+        return tuple(value)
     if type(value) is not kind:
         raise InvalidArgument(f"{where} must be a {_TOML_NAMES[kind]}, not {value!r}")
     choices = spec.metadata.get("choices")
     if choices and value not in choices:
         raise InvalidArgument(f"{where} must be one of {', '.join(choices)}, not {value!r}")
+    least = spec.metadata.get("least")
+    if least is not None and isinstance(value, int) and value < least:
+        raise InvalidArgument(f"{where} must be at least {least}, not {value}")
     return value
 
 

@@ -23,7 +23,9 @@ import structlog
 
 from snapshotter import failpoint, features, mountinfo
 from snapshotter.claims import Busy, Claims
-from snapshotter.config import MountConfig, OverlayConfig
+from snapshotter.config import DedupConfig, MountConfig, OverlayConfig
+from snapshotter.content.objects import collect_unused
+from snapshotter.content.share import Rules
 from snapshotter.durable import Stopped, sync_directory
 from snapshotter.errors import (
     FailedPrecondition,
@@ -41,15 +43,17 @@ from snapshotter.meta import snapshots
 from snapshotter.meta.schema import SCHEMA_VERSION, Record
 from snapshotter.meta.snapshots import Layer, StillSealing
 from snapshotter.meta.store import Store, Tx
-from snapshotter.model import MAX_KEY_BYTES, Commitment, Creation, Info, Kind, Mount, SnapshotId, Usage
+from snapshotter.model import MAX_KEY_BYTES, Commitment, Creation, Freed, Info, Kind, Mount, SnapshotId, Space, Usage
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay.attributes import Names, copy_attributes
 from snapshotter.overlay.trial import trial_switches
 from snapshotter.root import Root
 from snapshotter.seal import Sealer
+from snapshotter.space import Accountant, Subject
 from snapshotter.usage import UsageCache, scan
 from snapshotter.walker import OPEN_DIRECTORY
+from snapshotter.workers.pool import Workers
 
 log = structlog.get_logger()
 
@@ -72,18 +76,32 @@ class Status:
     missing_features: dict[str, str | None]
     """Of each feature that was probed: None if the kernel has it here, else why not."""
     switched_on: frozenset[str]
+    strategy: str
+    """How files are shared: "stub", "hardlink" or "off"."""
 
 
 class Engine:
     """Serves one locked root. `close` it."""
 
-    def __init__(self, root: Root, mount: MountConfig, overlay: OverlayConfig) -> None:
-        """Raises FailedPrecondition when this kernel or configuration cannot serve what the root holds."""
+    def __init__(
+        self,
+        root: Root,
+        mount: MountConfig,
+        overlay: OverlayConfig,
+        dedup: DedupConfig | None = None,
+        keep_open: Sequence[int] = (),
+    ) -> None:
+        """`keep_open`: descriptors that worker processes hold (workers.pool).
+
+        Raises FailedPrecondition when this kernel or configuration cannot serve what the root holds.
+        """
+        dedup = dedup or DedupConfig()
         self._root = root
         self._stop = threading.Event()
         self._probe, switches = features.settle(root.spool, mount, overlay)
         self._store = Store(root.metadata, may_create=not any(root.snapshots.iterdir()))
-        self._trash = Trash(root.trash)
+        self._workers = Workers(keep_open)
+        self._trash = Trash(root.trash, root.objects, self._workers)
         self._mounter = Mounter(root, mount.mode, switches, layer_by_layer="lowerdir_plus" in switches.on)
         self._usage = UsageCache()
         self._claims = Claims()
@@ -92,13 +110,28 @@ class Engine:
             self._ids = Ids(root, snapshots.next_id(tx))
         self._names = switches.attribute_names()
         trial = trial_switches(self._probe)
+        self._rules = Rules(
+            features.strategy(dedup.strategy, mount.mode, switches),
+            dedup.stub_min_bytes,
+            dedup.never_link,
+            "reflink" in switches.on,
+        )
         self._sealer = Sealer(
-            root, self._mounter, self._trash, self._ids, self._names, trial, "reflink" in switches.on, self._stop.is_set
+            root,
+            self._mounter,
+            self._trash,
+            self._ids,
+            self._names,
+            trial,
+            self._rules,
+            self._workers,
+            self._stop.is_set,
         )
         self._lacking = features.check_store(records, switches)
         self._mounter.adopt({record.id: record.kind for record in records})
         self._sweep()
         half_done = [record.id for record in records if record.sealing]
+        self._accountant = Accountant(root, self._workers, self._subjects)
         self._finisher = threading.Thread(target=self._seal_all, args=(half_done,), name="finisher", daemon=True)
         self._finisher.start()
 
@@ -106,11 +139,15 @@ class Engine:
         """From now on refuses what has not reached its commit point, and ends what waits for deletions."""
         self._stop.set()
         self._trash.stop()
+        self._accountant.stop()
+        self._workers.stop()
 
     def close(self, timeout_s: float = 2.0) -> None:
         self.stop()
         self._finisher.join(timeout_s)
+        self._accountant.close(timeout_s)
         self._trash.close(timeout_s)
+        self._workers.close()
         self._mounter.close()
         self._store.close()
 
@@ -227,7 +264,39 @@ class Engine:
             mountinfo.namespace_reach(),
             self._probe.missing,
             self._mounter.switched_on(),
+            self._rules.strategy,
         )
+
+    def space(self, now: bool) -> Space:
+        """What the store and each snapshot took at the last pass in the background, or, with `now`, take."""
+        try:
+            return self._accountant.space(now)
+        except Stopped as error:
+            raise Unavailable(_STOPPING) from error
+        except OSError as error:
+            raise from_os_error("measuring the store", error) from error
+
+    def collect(self, dry_run: bool) -> Freed:
+        """Deletes what was removed, and objects that no layer uses; waits until that is done."""
+        try:
+            if dry_run:
+                trees = self._trash.pending()
+                return Freed(self._trash.would_free().result(), trees)
+            trees, before = self._trash.pending(), self._trash.freed()
+            self.cleanup().result()
+            unused = self._workers.call(collect_unused, self._root.objects)
+            return Freed(self._trash.freed() - before + unused, trees)
+        except Stopped as error:
+            raise Unavailable(_STOPPING) from error
+        except OSError as error:
+            raise from_os_error("collecting unused objects", error) from error
+
+    def _subjects(self) -> list[Subject]:
+        with self._store.read() as tx:
+            return [
+                Subject(record.id, record.name, record.kind, record.usage, snapshots.facts_of(tx, record.id))
+                for record in snapshots.visible(tx)
+            ]
 
     # -- parts of the operations ----------------------------------------------------------------
 
@@ -319,6 +388,7 @@ class Engine:
                 # Left behind by a kill here: the sweep takes the work directory of a committed snapshot.
                 self._discard(self._root.work(made.id), f"{made.id}.work")
         self._usage.forget(target.id)
+        self._accountant.changed()
         log.info("snapshot.committed", name=want.name, id=made.id, size_bytes=made.usage.size_bytes)
 
     def _seal(self, snapshot_id: SnapshotId) -> None:
@@ -329,10 +399,11 @@ class Engine:
         """
         with self._store.read() as tx:
             record = snapshots.by_id(tx, snapshot_id) if snapshots.knows_id(tx, snapshot_id) else None
-        if record is None or not record.sealing:
-            return
+            if record is None or not record.sealing:
+                return
+            below = snapshots.chain_below(tx, record).ids
         try:
-            usage = self._sealer.seal(snapshot_id, is_lowest=record.parent_id is None)
+            outcome = self._sealer.seal(record, below)
         except (OSError, Stopped) as error:
             log.error("commit.seal_failed", name=record.name, id=snapshot_id, reason=str(error))
             raise Unavailable(
@@ -340,7 +411,10 @@ class Engine:
                 "try again, or remove it"
             ) from error
         failpoint.hit("seal.done")
-        self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, usage))
+        self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome))
+        failpoint.hit("seal.after-transaction")
+        # Left behind by a kill here: the sweep takes them.
+        self._attempt(lambda: self._sealer.tidy(snapshot_id))
 
     def _seal_all(self, snapshot_ids: Sequence[SnapshotId]) -> None:
         """What an earlier run left half done; who needs one of them meanwhile waits for it."""
@@ -366,6 +440,7 @@ class Engine:
             failpoint.hit("remove.detached")
             self._discard(self._root.directory(snapshot_id), str(snapshot_id))
         self._usage.forget(snapshot_id)
+        self._accountant.changed()
         failpoint.hit("remove.after-rename")
         log.info("snapshot.removed", snapshot_key=key, id=snapshot_id)
 
@@ -390,7 +465,7 @@ class Engine:
             log.info("sweep.unknown_directory", id=snapshot_id)
             self._attempt(lambda unknown_id=snapshot_id: self._sealer.retire(unknown_id))  # type: ignore[misc]
         for snapshot_id in committed:
-            self._discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
+            self._attempt(lambda committed_id=snapshot_id: self._sealer.tidy(committed_id))  # type: ignore[misc]
         self._attempt(self._sealer.sweep_busy)
 
     @staticmethod

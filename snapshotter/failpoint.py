@@ -1,9 +1,10 @@
 """Named points in the code that tests make fail, stall or kill the process.
 
 DEDUP_FAILPOINTS="commit.before-transaction=kill;remove.after-transaction=stall:2" arms them at start;
-without the variable `hit` is one dictionary look-up. Actions: `kill` (SIGKILL to ourselves), `error`
-(raises OSError EIO), `enospc`, `stall:SECONDS`. An armed name that is not in NAMES is refused, so that
-a test cannot silently test nothing.
+without the variable `hit` is one dictionary look-up. Actions: `kill` (SIGKILL to the daemon and its workers),
+`die` (to the one process that is at the point), `error` (raises OSError EIO), `enospc`, `emlink`, `stall:SECONDS`;
+with "@3" behind it, only at the third time that a process is there. An armed name that is not in NAMES is
+refused, so that a test cannot silently test nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,19 @@ NAMES = frozenset({
     "seal.moved-work",
     "seal.moved-tree",
     "seal.stripped",
+    "seal.sharing",
+    "share.referred",
+    "share.linked",
+    "share.made-object",
+    "share.before-swap",
+    "share.staged",
+    "share.swapped",
+    "seal.shared",
+    "seal.settled",
     "seal.done",
+    "seal.after-transaction",
+    "collect.object",
+    "collect.ref",
     "remove.after-transaction",
     "remove.detached",
     "remove.after-rename",
@@ -54,17 +67,34 @@ def _parse(text: str) -> dict[str, str]:
 _armed = _parse(os.environ.get("DEDUP_FAILPOINTS", ""))
 
 
+_victims: list[int] = []
+_hits: dict[str, int] = {}
+
+
+def also_kill(pid: int) -> None:
+    """In a worker process: what kills it takes the daemon along, as a power cut would."""
+    _victims.append(pid)
+
+
 def hit(name: str) -> None:
     """Does what the environment asks for at this point; nothing, normally."""
     action = _armed.get(name)
     if action is None:
         return
+    action, _, number = action.partition("@")
+    _hits[name] = _hits.get(name, 0) + 1
+    if number and _hits[name] != int(number):
+        return
     if action == "kill":
+        for pid in (*_victims, os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+    elif action == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "error":
         raise OSError(errno.EIO, f"failpoint {name}")
-    elif action == "enospc":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif action in ("enospc", "emlink"):
+        number = getattr(errno, action.upper())
+        raise OSError(number, os.strerror(number))
     elif action.startswith("stall:"):
         time.sleep(float(action.removeprefix("stall:")))
     else:

@@ -100,6 +100,22 @@ def _in_user_namespace() -> bool:
     return Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]
 
 
+def strategy(setting: str, mount_mode: str, switches: Switches) -> str:
+    """How files are shared: "stub", "hardlink" or "off".
+
+    Raises FailedPrecondition for stubs where they cannot be mounted.
+    """
+    can_stub = mount_mode == "daemon" and switches.has_stubs()
+    if setting == "auto":
+        return "stub" if can_stub else "hardlink"
+    if setting == "stub" and not can_stub:
+        raise FailedPrecondition(
+            'dedup.strategy is "stub", which needs mount.mode = "daemon" and the overlay features metacopy, '
+            'redirect_dir and data_only, one of which is off or does not work here: set it to "auto"'
+        )
+    return setting
+
+
 def check_store(records: Iterable[Record], switches: Switches) -> Feature:
     """The read-only compatible features that are off and that some active snapshot needs: the store serves views only.
 

@@ -1,37 +1,57 @@
-"""The trash: trees are renamed into it and deleted by one background thread.
+"""The trash: trees are renamed into it and deleted by one background thread, whose work a worker process does.
 
-A rename takes a tree out of use at once and survives a kill as what it is; whatever is in the trash
-at a start is deleted then.
+A rename takes a tree out of use at once and survives a kill as what it is; whatever is in the trash at a start is
+deleted then. Of a layer its refs/ goes last, with the objects that nobody else uses.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import structlog
 
+from snapshotter.content.objects import release_all
 from snapshotter.durable import Stopped, remove_tree
 from snapshotter.errors import Internal, Unavailable
+from snapshotter.model import NO_EXTENT, Extent
+from snapshotter.walker import OPEN_DIRECTORY, walk_names
+from snapshotter.workers.pool import Workers
+
+_BLOCK_BYTES = 512
+_REFS = "refs"
 
 log = structlog.get_logger()
 
 _STOPPING = "the daemon is stopping; it goes on deleting when it runs again"
 
 
+class _Question:
+    """Somebody who waits for what deleting would free."""
+
+    def __init__(self) -> None:
+        self.answer: Future[Extent] = Future()
+        self.answer.set_running_or_notify_cancel()
+
+
 class Trash:
     """Owns the directory and the thread. `close` it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, objects: Path, workers: Workers) -> None:
         """Queues what an earlier run left."""
         self._directory = directory
+        self._objects = objects
+        self._workers = workers
+        self._freed = NO_EXTENT
         self._wake = threading.Condition()
         self._stopping = False
-        # A name to delete, or a waiter to answer once all before it has been tried.
-        self._queue: deque[str | Future[None]] = deque(sorted(entry.name for entry in directory.iterdir()))
+        # A name to delete, a waiter to answer once all before it has been tried, or one who asks what would be freed.
+        self._queue: deque[str | Future[None] | _Question] = deque(sorted(entry.name for entry in directory.iterdir()))
         self._failed: dict[str, str] = {}
         self._busy = 0
         self._thread = threading.Thread(target=self._run, name="trash", daemon=True)
@@ -66,6 +86,24 @@ class Trash:
             self._wake.notify()
         return future
 
+    def would_free(self) -> Future[Extent]:
+        """The objects that nobody would use any more after all this; counted between two deletions.
+
+        It holds OSError if they could not be counted, Unavailable if the daemon stops first.
+        """
+        question = _Question()
+        with self._wake:
+            if self._stopping:
+                raise Unavailable(_STOPPING)
+            self._queue.appendleft(question)
+            self._wake.notify()
+        return question.answer
+
+    def freed(self) -> Extent:
+        """The objects that were deleted since the start."""
+        with self._wake:
+            return self._freed
+
     def pending(self) -> int:
         """Trees still to be deleted."""
         with self._wake:
@@ -85,13 +123,22 @@ class Trash:
         while (item := self._next()) is not None:
             if isinstance(item, str):
                 self._delete(item)
+            elif isinstance(item, _Question):
+                self._count(item)
             else:
                 self._answer(item)
         for item in self._queue:
-            if isinstance(item, Future):
-                item.set_exception(Unavailable(_STOPPING))
+            if not isinstance(item, str):
+                waiter = item.answer if isinstance(item, _Question) else item
+                waiter.set_exception(Unavailable(_STOPPING))
 
-    def _next(self) -> str | Future[None] | None:
+    def _count(self, question: _Question) -> None:
+        try:
+            question.answer.set_result(self._workers.call(would_free, self._directory, self._objects))
+        except (Stopped, OSError) as error:
+            question.answer.set_exception(error)
+
+    def _next(self) -> str | Future[None] | _Question | None:
         with self._wake:
             self._busy = 0
             while not self._queue and not self._stopping:
@@ -104,7 +151,9 @@ class Trash:
 
     def _delete(self, name: str) -> None:
         try:
-            remove_tree(self._directory, name, lambda: self._stopping)
+            freed = self._workers.call(delete, self._directory, name, self._objects)
+            with self._wake:
+                self._freed += freed
         except Stopped:
             return
         except OSError as error:
@@ -122,3 +171,56 @@ class Trash:
             )
         else:
             waiter.set_result(None)
+
+
+def delete(trash: Path, name: str, objects: Path) -> Extent:
+    """Deletes one tree of the trash, and the objects that only it used. Can be repeated. Raises OSError."""
+    tree = trash / name
+    refs = tree / _REFS
+    if _is_layer(name) and refs.is_dir():
+        for entry in os.listdir(tree):
+            if entry != _REFS:
+                remove_tree(tree, entry, _never)
+        freed = release_all(objects, refs)
+    else:
+        freed = NO_EXTENT
+    remove_tree(trash, name, _never)
+    return freed
+
+
+def would_free(trash: Path, objects: Path) -> Extent:
+    """The objects that deleting what is in the trash, and collecting what no layer uses, frees. Raises OSError."""
+    links = Counter[int]()
+    for name in filter(_is_layer, os.listdir(trash)):
+        for tree in (trash / name / "fs", trash / name / _REFS):
+            for inode in _files(tree):
+                links[inode] += 1
+    freed = NO_EXTENT
+    for shard in os.listdir(objects):
+        with os.scandir(objects / shard) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if status.st_nlink == 1 + links[status.st_ino]:
+                    freed += Extent(status.st_blocks * _BLOCK_BYTES, 1)
+    return freed
+
+
+def _files(tree: Path) -> Iterator[int]:
+    """The inodes of all files below a directory, for each of their names; of none if it is not there."""
+    try:
+        fd = os.open(tree, OPEN_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        yield from (entry.inode for entry in walk_names(fd) if entry.is_file)
+    finally:
+        os.close(fd)
+
+
+def _is_layer(name: str) -> bool:
+    """Other trees are called <id>.new.<time> or the like, and what is in them is somebody's."""
+    return name.replace(".", "").isdecimal()
+
+
+def _never() -> bool:
+    return False

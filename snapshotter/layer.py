@@ -1,21 +1,17 @@
-"""From upper to layer: one pass over a tree that is about to be committed.
-
-It makes durable what the layer brought, counts it, and finds out which overlay features reading it takes.
-"""
+"""From upper to layer: passes over a tree that is about to be committed, or was. They run in worker processes."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshotter.durable import Stopped
 from snapshotter.errors import FailedPrecondition, quote
 from snapshotter.linux import sync_file_range_start
 from snapshotter.model import Usage
-from snapshotter.overlay.attributes import Names, by_name
+from snapshotter.overlay.attributes import Names, by_name, strip_dead
 from snapshotter.overlay.features import NO_FEATURES, Feature
 from snapshotter.usage import Tally
 from snapshotter.walker import OPEN_DIRECTORY, Entry, walk
@@ -33,13 +29,16 @@ class Found:
     """What reading the tree takes."""
     has_dead_attributes: bool
     """Whether there are attributes that only the mount of the upper had a use for."""
+    apparent_bytes: int
+    largest_bytes: int
+    mtimes_ns: dict[int, int]
+    """Of every directory, by its inode."""
 
 
-def finish(tree: Path, stopping: Callable[[], bool], names: Names) -> Found:
-    """Syncs every file and directory of a tree.
+def finish(tree: Path, names: Names) -> Found:
+    """Makes durable what the layer brought, counts it, and finds out which overlay features reading it takes.
 
-    Raises Stopped when `stopping()` says so, FailedPrecondition for an attribute of overlay's whose meaning we do
-    not know, and OSError.
+    Raises FailedPrecondition for an attribute of overlay's that it cannot have, and OSError.
     """
     tally = Tally()
     attributes: set[str] = set()
@@ -47,12 +46,13 @@ def finish(tree: Path, stopping: Callable[[], bool], names: Names) -> Found:
         top = os.open(tree, OPEN_DIRECTORY)
         syncer.add(top)
         tally.add(os.fstat(top))
+        mtimes_ns = {os.fstat(top).st_ino: os.fstat(top).st_mtime_ns}
         attributes.update(os.listxattr(top))
         _check_known(os.listxattr(top), names, top, b".")
         for entry in walk(top):
-            if stopping():
-                raise Stopped(str(tree))
             tally.add(entry.status)
+            if entry.is_directory:
+                mtimes_ns[entry.status.st_ino] = entry.status.st_mtime_ns
             found = _examine(entry, syncer)
             _check_known(found, names, entry.directory_fd, entry.name)
             attributes.update(found)
@@ -61,7 +61,44 @@ def finish(tree: Path, stopping: Callable[[], bool], names: Names) -> Found:
         needs |= Feature.METACOPY
     if names.redirect in attributes:
         needs |= Feature.REDIRECT_DIR
-    return Found(tally.usage(), needs, not names.dead.isdisjoint(attributes))
+    return Found(
+        tally.usage(),
+        needs,
+        not names.dead.isdisjoint(attributes),
+        tally.apparent_bytes,
+        tally.largest_bytes,
+        mtimes_ns,
+    )
+
+
+def strip(tree: Path, names: Names) -> Usage:
+    """Removes the dead upper's attributes from every inode, durably; what the tree costs without them."""
+    tally = Tally()
+    top = os.open(tree, OPEN_DIRECTORY)
+    try:
+        with Syncer() as syncer:
+            if _strip(by_name(top, b"."), names):
+                syncer.add(os.dup(top))
+            tally.add(os.fstat(top))
+            for entry in walk(top):
+                status = entry.status
+                if _strip(by_name(entry.directory_fd, entry.name), names):
+                    # It may have had a block of its own for them.
+                    status = os.stat(entry.name, dir_fd=entry.directory_fd, follow_symlinks=False)
+                    if entry.is_file or entry.is_directory:
+                        syncer.add(open_entry(entry))
+                tally.add(status)
+    finally:
+        os.close(top)
+    return tally.usage()
+
+
+def _strip(path: bytes, names: Names) -> bool:
+    try:
+        return strip_dead(path, names)
+    except PermissionError:
+        # An immutable inode. The attributes mean nothing to a mount that has the tree as a lower.
+        return False
 
 
 def _check_known(attributes: Iterable[str], names: Names, directory_fd: int, name: bytes) -> None:
@@ -69,7 +106,8 @@ def _check_known(attributes: Iterable[str], names: Names, directory_fd: int, nam
         if names.is_unknown(attribute):
             path = os.path.join(os.readlink(f"/proc/self/fd/{directory_fd}"), os.fsdecode(name))
             raise FailedPrecondition(
-                f"{quote(path)} has the attribute {attribute}, whose meaning for overlayfs this version does not know"
+                f"{quote(path)} has the attribute {attribute}, which overlayfs would obey and which a layer made like "
+                "this one cannot have"
             )
 
 

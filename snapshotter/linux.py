@@ -7,6 +7,7 @@ Sources: mount(2), umount2(2), ioctl_iflags(2), and the kernel headers named bes
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -36,6 +37,7 @@ UMOUNT_NOFOLLOW = 8
 SYNC_FILE_RANGE_WRITE = 2
 RENAME_EXCHANGE = 2
 FICLONE = 0x40049409
+FIDEDUPERANGE = 0xC0189436
 
 MOUNT_DATA_BYTES = 4096
 """mount(2) takes one page of options, the final NUL included, and silently cuts what is longer."""
@@ -145,6 +147,13 @@ def sync_file_range_start(fd: int) -> None:
     _libc.sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)
 
 
+def syncfs(fd: int) -> None:
+    """syncfs(2): writes all that is dirty in the filesystem of an open file."""
+    if _libc.syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def open_by_handle_at(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> int:
     """open_by_handle_at(2): a descriptor of the inode behind a file handle, in the filesystem of `mount_fd`."""
 
@@ -161,10 +170,24 @@ def open_by_handle_at(mount_fd: int, handle_type: int, handle: bytes, flags: int
     return fd
 
 
-def renameat2(directory_fd: int, old: str, new: str, flags: int) -> None:
-    """renameat2(2) inside one directory."""
-    result = _libc.renameat2(directory_fd, os.fsencode(old), directory_fd, os.fsencode(new), flags)
-    _check(result, old)
+def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
+    """renameat2(2)."""
+    if _libc.renameat2(old_fd, old, new_fd, new, flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(old))
+
+
+def dedupe_range(source_fd: int, target_fd: int, size_bytes: int) -> None:
+    """ioctl_fideduperange(2): shares the extents of equal files. Raises OSError where the filesystem cannot."""
+    at = 0
+    while at < size_bytes:
+        # struct file_dedupe_range with one struct file_dedupe_range_info
+        request = struct.pack("QQHHI", at, size_bytes - at, 1, 0, 0) + struct.pack("qQQiI", target_fd, at, 0, 0, 0)
+        answer = fcntl.ioctl(source_fd, FIDEDUPERANGE, request)
+        _, _, deduped_bytes, status, _ = struct.unpack_from("qQQiI", answer, 24)
+        if status != 0 or not deduped_bytes:
+            raise OSError(-status if status < 0 else errno.EINVAL, "files differ or cannot share extents")
+        at += deduped_bytes
 
 
 def get_inode_flags(fd: int) -> int:

@@ -84,3 +84,75 @@ class Commitment:
     parent: str
     """For a snapshot that was prepared without one; else empty, or the one that it has."""
     labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What something takes of the filesystem, each inode once."""
+
+    size_bytes: int
+    """Allocated, not apparent."""
+    inodes: int
+
+    def __add__(self, other: Extent) -> Extent:
+        return Extent(self.size_bytes + other.size_bytes, self.inodes + other.inodes)
+
+    def __sub__(self, other: Extent) -> Extent:
+        return Extent(self.size_bytes - other.size_bytes, self.inodes - other.inodes)
+
+
+NO_EXTENT = Extent(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotSpace:
+    """What one snapshot takes, its ancestors not included."""
+
+    name: str
+    kind: Kind
+    strategy: str
+    """How its files are stored once: "stub", "hardlink" or "off". Empty for actives and views."""
+    apparent_bytes: int
+    """The sizes of its files, each inode once."""
+    allocated: Extent
+    """Its own tree, and every object that it uses."""
+    shared: Extent
+    """The part of `allocated` that other layers use too."""
+    exclusive: Extent
+    """What removing it frees."""
+    private: dict[str, int]
+    """Why files stayed private: the number of files for each reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What the store and each snapshot took at one time."""
+
+    as_of_ns: int
+    """When the pass over the store began, in nanoseconds since the epoch."""
+    took_ns: int
+    snapshots: tuple[SnapshotSpace, ...]
+    apparent_bytes: int
+    allocated: Extent
+    """Of the whole store, each object once."""
+    unshared: Extent
+    """What it would take if nothing were shared."""
+    objects: Extent
+    """The objects alone."""
+    filesystem_inodes: int
+    """0 where the filesystem has no limit (btrfs)."""
+    filesystem_inodes_free: int
+    filesystem_bytes: int
+    filesystem_bytes_free: int
+    private: dict[str, int]
+    """As in SnapshotSpace, of all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What a collection freed, or would free."""
+
+    objects: Extent
+    """Objects that no layer uses."""
+    trees: int
+    """Trees that were removed before, and were still to be deleted."""

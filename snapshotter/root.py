@@ -5,6 +5,9 @@
       metadata/             the LMDB environment
       snapshots/<id>/fs     upper of an active snapshot, tree of a layer
       snapshots/<id>/work   overlay work directory, gone once committed
+      snapshots/<id>/refs   hard links to the objects that the layer uses
+      snapshots/<id>/seal   what sealing the layer has to know, and works in; gone once sealed
+      objects/xx/NAME       the object store (content.objects)
       mounts/<id>           where the daemon mounts an active snapshot or a view
       busy/<id>.*           trees that left the metadata while an overlay somewhere still used them
       empty/                the lower of active snapshots without a parent; never made anew, since an
@@ -21,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 
 from snapshotter import linux, mountinfo
@@ -28,8 +32,11 @@ from snapshotter.durable import remove_tree, sync_directory
 from snapshotter.errors import FailedPrecondition, InvalidArgument, PermissionDenied, from_os_error, quote
 from snapshotter.model import SnapshotId
 
-_DIRECTORIES = ("metadata", "snapshots", "mounts", "busy", "empty", "trash", "spool")
+_DIRECTORIES = ("metadata", "snapshots", "objects", "mounts", "busy", "empty", "trash", "spool")
+_WORKERS_END_S = 1.0
 _FOREIGN = "lost+found"
+SHARDS_OF_OBJECTS = frozenset(f"{number:02x}" for number in range(256))
+"""Directories of the object store, by the first byte of a hash."""
 _UNSAFE = ":,\\\n\r\t \"'"
 
 
@@ -40,6 +47,7 @@ class Root:
         self.path = path
         self.metadata = path / "metadata"
         self.snapshots = path / "snapshots"
+        self.objects = path / "objects"
         self.mounts = path / "mounts"
         self.busy = path / "busy"
         self.empty = path / "empty"
@@ -51,6 +59,12 @@ class Root:
 
     def fs(self, snapshot_id: SnapshotId) -> Path:
         return self.snapshots / str(snapshot_id) / "fs"
+
+    def refs(self, snapshot_id: SnapshotId) -> Path:
+        return self.snapshots / str(snapshot_id) / "refs"
+
+    def seal(self, snapshot_id: SnapshotId) -> Path:
+        return self.snapshots / str(snapshot_id) / "seal"
 
     def mountpoint(self, snapshot_id: SnapshotId) -> Path:
         return self.mounts / str(snapshot_id)
@@ -66,7 +80,7 @@ class RootLock:
         """Raises FailedPrecondition, naming the owner, when another process holds the lock."""
         self._fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._fd)
         except BlockingIOError as error:
             owner = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
@@ -76,8 +90,25 @@ class RootLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
+    def fileno(self) -> int:
+        """The lock lasts as long as any process has this open."""
+        return self._fd
+
     def release(self) -> None:
         os.close(self._fd)
+
+
+def _lock(fd: int) -> None:
+    """Waits a moment for the worker processes of a daemon that was killed. Raises BlockingIOError."""
+    deadline_s = time.monotonic() + _WORKERS_END_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
 
 
 def claim(path: Path) -> tuple[Root, RootLock]:
@@ -95,6 +126,7 @@ def claim(path: Path) -> tuple[Root, RootLock]:
         path.chmod(0o700)
         for name in _DIRECTORIES:
             (path / name).mkdir(mode=0o700, exist_ok=True)
+        _make_shards(path / "objects")
         # The merged root of a snapshot without a parent looks like this one.
         (path / "empty").chmod(0o755)
         _clear_spool(path / "spool")
@@ -103,6 +135,14 @@ def claim(path: Path) -> tuple[Root, RootLock]:
     except OSError as error:
         raise from_os_error(f"preparing root {path}", error) from error
     return Root(path), lock
+
+
+def _make_shards(objects: Path) -> None:
+    missing = SHARDS_OF_OBJECTS.difference(os.listdir(objects))
+    for name in missing:
+        (objects / name).mkdir(mode=0o700)
+    if missing:
+        sync_directory(objects)
 
 
 def _clear_spool(spool: Path) -> None:

@@ -1,7 +1,7 @@
 """From upper to layer.
 
     before the commit point   hard links completed, the mount frozen, the tree durable (`finished`)
-    after it                  unmounted, nothing of the dead upper left in the layer (`seal`)
+    after it                  unmounted, nothing of the dead upper left in the layer, its files shared (`seal`)
 
 The upper becomes the layer in place when nobody else has it, which a trial mount tells. Otherwise the
 layer is a copy (shared extents where possible): when somebody forgot a bind of the frozen mount, since the
@@ -9,39 +9,50 @@ kernel would refuse the upper as a lower (EBUSY), and when somebody still has a 
 tree of hard links would not do in the first case: link counts would be wrong in both trees, and change in
 the layer when the other goes.
 
-A kill after the commit point leaves a snapshot that is marked as sealing; `seal` can be repeated.
+A kill after the commit point leaves a snapshot that is marked as sealing; `seal` can be repeated. Only what nobody
+can write is shared: a tree that was frozen, or that containerd unpacked and no overlay has as its upper; never a
+copy of a tree that somebody was writing.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from snapshotter import clone, failpoint, layer, linux
+from snapshotter import clone, failpoint, layer, linux, mountinfo
+from snapshotter.content import files, plan
+from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, share
 from snapshotter.durable import remove_tree, sync_directory
 from snapshotter.errors import Unavailable, quote
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
-from snapshotter.meta.snapshots import Layer
+from snapshotter.meta.schema import Facts, Record
+from snapshotter.meta.snapshots import Layer, Sealed
 from snapshotter.model import SnapshotId, Usage
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay import index
-from snapshotter.overlay.attributes import Names, by_name, strip_dead
+from snapshotter.overlay.attributes import Names
+from snapshotter.overlay.features import OF_STUBS, Feature
 from snapshotter.overlay.trial import is_upper_in_use
 from snapshotter.root import Root
-from snapshotter.usage import Tally
-from snapshotter.walker import OPEN_DIRECTORY, walk
+from snapshotter.walker import OPEN_DIRECTORY
+from snapshotter.workers.pool import Workers
 
 log = structlog.get_logger()
 
 _ATTEMPTS = 5
 """How often new names of hard links may appear between their completion and the freeze."""
+
+
+_SHARINGS = 2
+"""How often to begin when a worker dies."""
 
 
 class Sealer:
@@ -55,7 +66,8 @@ class Sealer:
         ids: Ids,
         names: Names,
         trial: Mapping[str, str | None] | None,
-        reflink: bool,
+        rules: Rules,
+        workers: Workers,
         stopping: Callable[[], bool],
     ) -> None:
         """`trial`: how to ask the kernel whether an upper is in use (overlay.trial), None if it cannot tell."""
@@ -65,7 +77,9 @@ class Sealer:
         self._ids = ids
         self._names = names
         self._trial = trial
-        self._reflink = reflink
+        self._rules = rules
+        self._workers = workers
+        self._filesystem = mountinfo.filesystem_of(root.path)
         self._stopping = stopping
 
     @contextmanager
@@ -80,31 +94,49 @@ class Sealer:
             if self._freeze(target):
                 try:
                     failpoint.hit("commit.frozen")
-                    yield self._in_place(target, sealing=True)
+                    yield self._in_place(target, self._rules.strategy, self._names)
                 except BaseException:
                     failpoint.hit("commit.refused")
                     self._mounter.thaw(target.id)
                     raise
                 return
         elif not self._in_use(self._root.fs(target.id)):
-            yield self._in_place(target, sealing=False)
+            # Only of what containerd unpacks we know that nobody goes on writing after Commit.
+            if target.is_extraction and self._trial is not None:
+                yield self._in_place(target, self._rules.strategy, self._names.of_an_unpacked_layer())
+            else:
+                yield self._in_place(target, OFF, self._names)
             return
         with self._copy(target) as copied:
             yield copied
 
-    def seal(self, snapshot_id: SnapshotId, is_lowest: bool) -> Usage:
-        """Makes the tree of a committed snapshot a layer and nothing but; what it costs then. Raises OSError."""
-        names = self._names_for(is_lowest)
+    def seal(self, record: Record, below: Sequence[SnapshotId]) -> Sealed:
+        """Makes the tree of a committed snapshot, which stands on the layers `below`, a layer and nothing but.
+        Raises OSError."""
+        snapshot_id = record.id
+        names = self._names_for(is_lowest=not below)
         self._mounter.release(snapshot_id, wait=True)
         failpoint.hit("seal.unmounted")
         self._finish_exchange(snapshot_id)
         if self._in_use(self._root.fs(snapshot_id)):
-            return self._make_new_tree(snapshot_id, names)
-        usage = _strip_tree(self._root.fs(snapshot_id), names)
-        self._drop_index(snapshot_id)
+            return Sealed(self._make_new_tree(snapshot_id, names), record.features, None)
+        planned = plan.read_plan(self._root.seal(snapshot_id))
+        was_interrupted = self._root.refs(snapshot_id).exists()
+        usage = record.usage
+        if planned is None or planned.strip:
+            stripped = self._workers.call(layer.strip, self._root.fs(snapshot_id), names)
+            usage = record.usage if was_interrupted else stripped
+            self._drop_index(snapshot_id)
         failpoint.hit("seal.stripped")
+        if planned is None or planned.strategy == OFF:
+            return Sealed(usage, record.features, None)
+        outcome = self._share(record, below, planned, was_interrupted)
+        return _sealed(planned, usage, outcome)
+
+    def tidy(self, snapshot_id: SnapshotId) -> None:
+        """Discards what sealing needed, once it is over. Raises OSError."""
         self._trash.discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
-        return usage
+        self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
 
     def retire(self, snapshot_id: SnapshotId) -> None:
         """Takes a directory that the metadata does not know out of the way: to the trash, or, while an overlay still
@@ -143,9 +175,69 @@ class Sealer:
             f"snapshot {quote(target.key)} cannot be committed: its hard links keep changing; stop what writes there"
         )
 
-    def _in_place(self, target: Target, sealing: bool) -> Layer:
-        found = layer.finish(self._root.fs(target.id), self._stopping, self._names)
-        return Layer(target.id, found.usage, found.needs, sealing or found.has_dead_attributes)
+    def _in_place(self, target: Target, strategy: str, names: Names) -> Layer:
+        found = self._workers.call(layer.finish, self._root.fs(target.id), names)
+        least_bytes = self._rules.stub_min_bytes if strategy == STUB else 1
+        if found.largest_bytes < least_bytes:
+            strategy = OFF
+        strip = target.materialized or found.has_dead_attributes
+        sealing = strip or strategy != OFF
+        directory = self._root.seal(target.id)
+        self._trash.discard(directory, f"{target.id}.seal")  # of a commit that failed
+        if sealing:
+            plan.Plan(strategy, strip, found.needs, found.apparent_bytes, found.mtimes_ns).write(directory)
+        needs = found.needs | OF_STUBS if strategy == STUB else found.needs
+        return Layer(target.id, found.usage, needs, sealing)
+
+    def _share(
+        self, record: Record, below: Sequence[SnapshotId], planned: plan.Plan, was_interrupted: bool
+    ) -> Outcome | None:
+        """Replaces files of the tree by objects, or stubs of objects. What fails leaves the rest of the files private.
+
+        None if part of it was done by a run that was killed.
+        """
+        snapshot_id, tree = record.id, self._root.fs(record.id)
+        stages = self._root.seal(snapshot_id)
+        layout = Layout(
+            tree, self._root.refs(snapshot_id), stages, self._root.objects, tuple(map(self._root.refs, below))
+        )
+        rules = replace(self._rules, strategy=planned.strategy)
+        outcome = Outcome()
+        for _ in range(_SHARINGS):
+            if layout.refs.exists():
+                self._clear_stages(layout)
+            layout.refs.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(layout.refs.parent)
+            failpoint.hit("seal.sharing")
+            try:
+                for part in self._workers.share_out(lambda number, count: (share, (layout, rules, number, count))):
+                    outcome.add(part)
+                break
+            except OSError as error:
+                log.error("commit.sharing_failed", name=record.name, id=snapshot_id, reason=str(error))
+                was_interrupted, outcome = True, Outcome()
+        with suppress(OSError):  # ENOTEMPTY, nearly always
+            layout.refs.rmdir()
+        failpoint.hit("seal.shared")
+        self._workers.call(plan.settle, tree, planned.mtimes_ns, was_interrupted, self._filesystem)
+        failpoint.hit("seal.settled")
+        log.info(
+            "commit.shared",
+            name=record.name,
+            id=snapshot_id,
+            strategy=planned.strategy,
+            files=outcome.shared_inodes,
+            new_objects=outcome.new_objects,
+            private=dict(outcome.private),
+        )
+        return None if was_interrupted else outcome
+
+    def _clear_stages(self, layout: Layout) -> None:
+        """After a kill. Here and not in the background: links that are left count in st_nlink."""
+        stages = [layout.stages / name for name in os.listdir(layout.stages) if name.isdecimal()]
+        self._workers.call(files.finish_swaps, layout.tree, stages)
+        for stage in stages:
+            remove_tree(stage.parent, stage.name, self._stopping)
 
     @contextmanager
     def _copy(self, target: Target) -> Iterator[Layer]:
@@ -154,9 +246,11 @@ class Sealer:
             try:
                 directory.mkdir(mode=0o700)
                 names = self._names_for(is_lowest=not target.chain.ids)
-                clone.copy_tree(self._root.fs(target.id), self._root.fs(new_id), names, self._reflink, self._stopping)
+                self._workers.call(
+                    clone.copy_tree, self._root.fs(target.id), self._root.fs(new_id), names, self._rules.reflink
+                )
                 failpoint.hit("copy.made")
-                found = layer.finish(self._root.fs(new_id), self._stopping, self._names)
+                found = self._workers.call(layer.finish, self._root.fs(new_id), self._names)
                 sync_directory(directory)
                 sync_directory(self._root.snapshots)
                 log.info("commit.copied", snapshot_key=target.key, id=target.id, copy=new_id)
@@ -183,15 +277,17 @@ class Sealer:
     def _make_new_tree(self, snapshot_id: SnapshotId, names: Names) -> Usage:
         directory = self._root.directory(snapshot_id)
         try:
-            clone.copy_tree(self._root.fs(snapshot_id), directory / "new", names, self._reflink, self._stopping)
-            usage = layer.finish(directory / "new", self._stopping, names).usage
+            self._workers.call(
+                clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._rules.reflink
+            )
+            usage = self._workers.call(layer.finish, directory / "new", names).usage
         except BaseException:
             self._trash.discard(directory / "new", f"{snapshot_id}.new")
             raise
         failpoint.hit("seal.copied")
         fd = os.open(directory, OPEN_DIRECTORY)
         try:
-            linux.renameat2(fd, "fs", "new", linux.RENAME_EXCHANGE)
+            linux.renameat2(fd, b"fs", fd, b"new", linux.RENAME_EXCHANGE)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -222,32 +318,18 @@ class Sealer:
             old.rename(self._root.busy / f"{snapshot_id}.{time.time_ns()}")
 
 
-def _strip_tree(tree: Path, names: Names) -> Usage:
-    """Removes the dead upper's attributes from every inode, durably; what the tree costs without them."""
-    tally = Tally()
-    top = os.open(tree, OPEN_DIRECTORY)
-    try:
-        with layer.Syncer() as syncer:
-            if _strip(by_name(top, b"."), names):
-                syncer.add(os.dup(top))
-            tally.add(os.fstat(top))
-            for entry in walk(top):
-                status = entry.status
-                if _strip(by_name(entry.directory_fd, entry.name), names):
-                    # It may have had a block of its own for them.
-                    status = os.stat(entry.name, dir_fd=entry.directory_fd, follow_symlinks=False)
-                    if entry.is_file or entry.is_directory:
-                        syncer.add(layer.open_entry(entry))
-                tally.add(status)
-    finally:
-        os.close(top)
-    return tally.usage()
+def _sealed(planned: plan.Plan, usage: Usage, outcome: Outcome | None) -> Sealed:
+    facts = Facts(planned.strategy, planned.apparent_bytes)
+    if outcome is None:
+        return Sealed(usage, _features(planned, has_stubs=planned.strategy == STUB), facts)
+    size_bytes = usage.size_bytes - outcome.shared_bytes + outcome.stub_bytes
+    inodes = usage.inodes if planned.strategy == STUB else usage.inodes - outcome.shared_inodes
+    return Sealed(
+        usage,
+        _features(planned, has_stubs=planned.strategy == STUB and outcome.shared_inodes > 0),
+        replace(facts, own=Usage(size_bytes, inodes), private=dict(outcome.private), many_names=outcome.many_names),
+    )
 
 
-def _strip(path: bytes, names: Names) -> bool:
-    try:
-        return strip_dead(path, names)
-    except PermissionError as error:
-        # An immutable inode. The attributes mean nothing to a mount that has the tree as a lower.
-        log.warning("seal.attributes_left", path=os.fsdecode(path), reason=str(error))
-        return False
+def _features(planned: plan.Plan, has_stubs: bool) -> Feature:
+    return planned.needs | OF_STUBS if has_stubs else planned.needs

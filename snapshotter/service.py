@@ -18,14 +18,14 @@ from typing import IO, Any, TypeVar, cast
 
 import grpc
 import structlog
-from google.protobuf import empty_pb2, timestamp_pb2
+from google.protobuf import duration_pb2, empty_pb2, timestamp_pb2
 
 from snapshotter import __version__, mountinfo
 from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.claims import Busy
 from snapshotter.engine import Engine
 from snapshotter.errors import SnapshotterError
-from snapshotter.model import MAX_CHAIN, Commitment, Creation, Info, Kind, Mount
+from snapshotter.model import MAX_CHAIN, Commitment, Creation, Extent, Info, Kind, Mount, SnapshotSpace, Space
 
 log = structlog.get_logger()
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 LIST_INFOS = 100
 LIST_BYTES = 4 * 1024 * 1024
 """Most infos, and most bytes, in one message of List."""
+SPACE_SNAPSHOTS = 100
+"""Most snapshots in one message of Space: with keys of 64 KiB they fit into the 16 MiB that clients take."""
 
 _SPOOL_MEMORY_BYTES = 256 * 1024
 _LENGTH_BYTES = 4
@@ -47,9 +49,10 @@ class Pools:
         self.commit = ThreadPoolExecutor(16, "commit")
         self.scan = ThreadPoolExecutor(4, "scan")
         self.list = ThreadPoolExecutor(4, "list")
+        self.store = ThreadPoolExecutor(2, "store")
 
     def close(self) -> None:
-        for pool in (self.quick, self.commit, self.scan, self.list):
+        for pool in (self.quick, self.commit, self.scan, self.list, self.store):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -225,7 +228,31 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 admin_pb2.Feature(name=name, works=missing is None, reason=missing or "", on=name in status.switched_on)
                 for name, missing in status.missing_features.items()
             ],
+            dedup_strategy=status.strategy,
         )
+
+    async def Space(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            messages = await _run(self._pools.store, self._space_in_messages, request.now)
+        except Exception as error:
+            await _abort(context, "Space", error)
+            raise
+        for message in messages:
+            yield message
+
+    @_answering
+    async def Collect(self, request: Any, _context: Any) -> Any:
+        freed = await _run(self._pools.store, self._engine.collect, request.dry_run)
+        return admin_pb2.CollectResponse(objects=_extent_to_proto(freed.objects), trees=freed.trees)
+
+    def _space_in_messages(self, now: bool) -> list[Any]:
+        """First the store, then at most SPACE_SNAPSHOTS snapshots each."""
+        space = self._engine.space(now)
+        messages = [admin_pb2.SpaceResponse(store=_store_space_to_proto(space))]
+        for begin in range(0, len(space.snapshots), SPACE_SNAPSHOTS):
+            some = space.snapshots[begin : begin + SPACE_SNAPSHOTS]
+            messages.append(admin_pb2.SpaceResponse(snapshots=map(_snapshot_space_to_proto, some)))
+        return messages
 
 
 def _mounts_to_proto(mounts: Sequence[Mount]) -> list[Any]:
@@ -241,6 +268,40 @@ def _info_to_proto(info: Info) -> Any:
         updated_at=_timestamp(info.updated_ns),
         labels=info.labels,
     )
+
+
+def _store_space_to_proto(space: Space) -> Any:
+    seconds, nanos = divmod(space.took_ns, 1_000_000_000)
+    return admin_pb2.StoreSpace(
+        as_of=_timestamp(space.as_of_ns),
+        took=duration_pb2.Duration(seconds=seconds, nanos=nanos),
+        apparent_bytes=space.apparent_bytes,
+        allocated=_extent_to_proto(space.allocated),
+        unshared=_extent_to_proto(space.unshared),
+        objects=_extent_to_proto(space.objects),
+        filesystem_inodes=space.filesystem_inodes,
+        filesystem_inodes_free=space.filesystem_inodes_free,
+        filesystem_bytes=space.filesystem_bytes,
+        filesystem_bytes_free=space.filesystem_bytes_free,
+        private=space.private,
+    )
+
+
+def _snapshot_space_to_proto(space: SnapshotSpace) -> Any:
+    return admin_pb2.SnapshotSpace(
+        name=space.name,
+        kind=snapshots_pb2.Kind.Name(space.kind),
+        strategy=space.strategy,
+        apparent_bytes=space.apparent_bytes,
+        allocated=_extent_to_proto(space.allocated),
+        shared=_extent_to_proto(space.shared),
+        exclusive=_extent_to_proto(space.exclusive),
+        private=space.private,
+    )
+
+
+def _extent_to_proto(extent: Extent) -> Any:
+    return admin_pb2.Extent(size_bytes=extent.size_bytes, inodes=extent.inodes)
 
 
 def _timestamp(time_ns: int) -> timestamp_pb2.Timestamp:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -22,12 +23,19 @@ class Tally:
 
     def __init__(self) -> None:
         self._size_bytes = 0
+        self.apparent_bytes = 0
+        """The sizes of the files."""
+        self.largest_bytes = 0
+        """The size of the largest file."""
         self._inodes = 0
         self._linked: set[tuple[int, int]] = set()
 
     def add(self, status: os.stat_result) -> None:
         if status.st_nlink > 1 and not self._is_new(status):
             return
+        if stat.S_ISREG(status.st_mode):
+            self.apparent_bytes += status.st_size
+            self.largest_bytes = max(self.largest_bytes, status.st_size)
         self._size_bytes += status.st_blocks * _BLOCK_BYTES
         self._inodes += 1
 

@@ -33,12 +33,26 @@ class Entry:
         return stat.S_ISREG(self.status.st_mode)
 
 
+@dataclass(frozen=True, slots=True)
+class Name:
+    """One name, as the directory has it (readdir(3)). `directory_fd` is valid until the next one is asked for."""
+
+    directory_fd: int
+    directory: bytes
+    """The path of the directory below the top: empty, or ending with a slash. May be longer than PATH_MAX."""
+    name: bytes
+    inode: int
+    is_directory: bool
+    is_file: bool
+
+
 @dataclass(slots=True)
 class _Level:
     fd: int
     """-1 while closed, to hold few descriptors in a deep tree."""
     status: os.stat_result
-    remaining: list[str]
+    path: bytes
+    remaining: list[tuple[bytes, int, bool, bool]]
 
 
 def walk(top_fd: int) -> Iterator[Entry]:
@@ -47,8 +61,18 @@ def walk(top_fd: int) -> Iterator[Entry]:
     What vanishes before it is looked at is left out. Raises OSError, also (ESTALE) when a directory
     of a very deep tree was moved away while the walk was below it.
     """
+    for found in walk_names(top_fd):
+        try:
+            status = os.stat(found.name, dir_fd=found.directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        yield Entry(found.directory_fd, found.name, status)
+
+
+def walk_names(top_fd: int) -> Iterator[Name]:
+    """As `walk`, without looking at the inodes. A directory is read as a whole before its first name is handed out."""
     status = os.fstat(top_fd)
-    levels = [_Level(os.dup(top_fd), status, os.listdir(top_fd))]
+    levels = [_Level(os.dup(top_fd), status, b"", _read(top_fd))]
     device = status.st_dev
     try:
         while levels:
@@ -56,27 +80,39 @@ def walk(top_fd: int) -> Iterator[Entry]:
             if not level.remaining:
                 _leave(levels)
                 continue
-            name = os.fsencode(level.remaining.pop())
-            try:
-                status = os.stat(name, dir_fd=level.fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            yield Entry(level.fd, name, status)
-            if stat.S_ISDIR(status.st_mode) and status.st_dev == device:
-                _enter(levels, name)
+            name, inode, is_directory, is_file = level.remaining.pop()
+            yield Name(level.fd, level.path, name, inode, is_directory, is_file)
+            if is_directory:
+                _enter(levels, name, device)
     finally:
         for level in levels:
             if level.fd >= 0:
                 os.close(level.fd)
 
 
-def _enter(levels: list[_Level], name: bytes) -> None:
+def _read(fd: int) -> list[tuple[bytes, int, bool, bool]]:
+    with os.scandir(fd) as entries:
+        return [
+            (os.fsencode(e.name), e.inode(), e.is_dir(follow_symlinks=False), e.is_file(follow_symlinks=False))
+            for e in entries
+        ]
+
+
+def _enter(levels: list[_Level], name: bytes, device: int) -> None:
     try:
         fd = os.open(name, OPEN_DIRECTORY, dir_fd=levels[-1].fd)
     except (FileNotFoundError, NotADirectoryError):
         return
-    levels.append(_Level(fd, os.fstat(fd), []))
-    levels[-1].remaining = os.listdir(fd)
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a symlink by now
+            return
+        raise
+    status = os.fstat(fd)
+    if status.st_dev != device:
+        os.close(fd)
+        return
+    levels.append(_Level(fd, status, levels[-1].path + name + b"/", []))
+    levels[-1].remaining = _read(fd)
     if len(levels) > _MAX_OPEN:
         outer = levels[-_MAX_OPEN]
         os.close(outer.fd)

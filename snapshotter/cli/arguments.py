@@ -227,6 +227,15 @@ def _add_showing(commands: Any) -> None:
         commands, "usage", "show what snapshots take, their parents not included", "Without KEY: all."
     )
     _add_name(parser, "keys", "the snapshots", nargs="*", metavar="KEY")
+    parser = _add_command(
+        commands, "df", "show what the store and each snapshot take, share and would free",
+        "As of the last time that the daemon looked. EXCLUSIVE is what removing a snapshot frees; parents are"
+        " not included. With KEY, only these snapshots.",
+    )  # fmt: skip
+    _add_name(parser, "keys", "the snapshots", nargs="*", metavar="KEY")
+    parser.add_argument("--now", action="store_true", help="look now; takes minutes where there is much to look at")
+    parser.add_argument("--why", action="store_true", help="show also why files are not shared")
+    parser.add_argument("--no-trunc", action="store_true", help="never shorten names to fit the terminal")
     parser = _add_command(commands, "tree", "show snapshots below their parents")
     parser.add_argument("--size", action="store_true", help="ask also what each of them takes")
     parser.add_argument("--no-trunc", action="store_true", help="never shorten lines to fit the terminal")
@@ -243,6 +252,11 @@ def _add_mounting(commands: Any) -> None:
 
 def _add_other(commands: Any) -> None:
     _add_command(commands, "cleanup", "wait until all that was removed is deleted, and sweep leftovers")
+    parser = _add_command(
+        commands, "gc", "delete now what nothing uses any more",
+        "The daemon does so by itself, in the background. Waits until what was removed before is deleted, too.",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be freed")
     _add_command(commands, "info", "show what the daemon is and serves")
     parser = _add_command(
         commands, "completion", "print a completion script", 'For bash: eval "$(snapctl completion bash)"'

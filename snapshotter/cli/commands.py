@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from snapshotter import errors
-from snapshotter.cli import shapes, tree
+from snapshotter.cli import shapes, space, tree
 from snapshotter.cli.arguments import build, parse_label_changes, parse_labels
 from snapshotter.cli.output import JsonValue, Output
 from snapshotter.cli.tables import Column
@@ -24,7 +24,7 @@ from snapshotter.cli.text import (
     printable,
     shorten,
 )
-from snapshotter.model import Info, Mount, Usage
+from snapshotter.model import Info, Mount, SnapshotSpace, Space, Usage
 
 if TYPE_CHECKING:
     from snapshotter.client import Client, Feature
@@ -193,6 +193,42 @@ def _usage_if_there(client: Client, name: str) -> Usage | None:
         return None
 
 
+def _df(args: Namespace, out: Output) -> int:
+    failures = Failures()
+    with _connect(args) as client:
+        found = client.space(args.now)
+    snapshots = space.by_exclusive(_chosen(found, args, failures))
+    if out.json:
+        out.object(
+            {"store": shapes.store_space(found), "snapshots": [shapes.snapshot_space(each) for each in snapshots]}
+        )
+        return failures.status
+    fit = not args.no_trunc
+    out.fields(space.store_fields(found, time.time_ns()))
+    out.line("")
+    out.table(space.COLUMNS, [space.row(each) for each in snapshots], fit)
+    if args.why:
+        out.line("")
+        out.table(space.WHY_COLUMNS, space.why_rows(found.private), fit)
+        out.line("")
+        rows = [[escape(each.name), *row] for each in snapshots for row in space.why_rows(each.private)]
+        out.table(space.WHY_COLUMNS_BY_NAME, rows, fit)
+    return failures.status
+
+
+def _chosen(found: Space, args: Namespace, failures: Failures) -> Iterable[SnapshotSpace]:
+    """The snapshots of these keys, each once; all without keys."""
+    if not args.keys:
+        return found.snapshots
+    by_name = {each.name: each for each in found.snapshots}
+    hint = "" if args.now else "; --now looks again"
+    for key in args.keys:
+        if key not in by_name:
+            message = f"snapshot {errors.quote(key)} did not exist at {local_time(found.as_of_ns)}{hint}"
+            failures.add(errors.NotFound(message))
+    return [by_name[key] for key in dict.fromkeys(args.keys) if key in by_name]
+
+
 def _tree(args: Namespace, out: Output) -> int:
     with _connect(args) as client:
         nodes = tree.arrange(client.list())
@@ -250,6 +286,16 @@ def _cleanup(args: Namespace, out: Output) -> int:
     return 0
 
 
+def _gc(args: Namespace, out: Output) -> int:
+    with _connect(args) as client:
+        freed = client.collect(args.dry_run)
+    if out.json:
+        out.object(shapes.freed(freed, args.dry_run))
+    else:
+        out.line(space.freed(freed, args.dry_run))
+    return 0
+
+
 def _info(args: Namespace, out: Output) -> int:
     with _connect(args) as client:
         info = client.info()
@@ -288,10 +334,12 @@ COMMANDS: dict[str, Callable[[Namespace, Output], int]] = {
     "mounts": _mounts,
     "usage": _usage,
     "label": _label,
+    "df": _df,
     "tree": _tree,
     "mount": _mount,
     "umount": _umount,
     "cleanup": _cleanup,
+    "gc": _gc,
     "info": _info,
     "completion": _completion,
 }

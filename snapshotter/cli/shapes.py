@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from snapshotter.cli.output import JsonValue
 from snapshotter.cli.text import rfc3339
-from snapshotter.model import Info, Mount, Usage
+from snapshotter.model import Extent, Freed, Info, Mount, SnapshotSpace, Space, Usage
 
 if TYPE_CHECKING:
     from snapshotter.client import DaemonInfo
@@ -48,5 +48,43 @@ def daemon(info: DaemonInfo) -> dict[str, JsonValue]:
         "lmdb_version": info.lmdb_version,
         "mount_mode": info.mount_mode,
         "namespace_reach": info.namespace_reach,
+        "dedup_strategy": info.dedup_strategy,
         "features": [{"name": f.name, "works": f.works, "reason": f.reason, "on": f.on} for f in info.features],
     }
+
+
+def store_space(space: Space) -> dict[str, JsonValue]:
+    return {
+        "as_of": rfc3339(space.as_of_ns),
+        "took_ns": space.took_ns,
+        "apparent_bytes": space.apparent_bytes,
+        "allocated": extent(space.allocated),
+        "unshared": extent(space.unshared),
+        "objects": extent(space.objects),
+        "filesystem_bytes": space.filesystem_bytes,
+        "filesystem_bytes_free": space.filesystem_bytes_free,
+        "filesystem_inodes": space.filesystem_inodes,
+        "filesystem_inodes_free": space.filesystem_inodes_free,
+        "private": dict(sorted(space.private.items())),
+    }
+
+
+def snapshot_space(space: SnapshotSpace) -> dict[str, JsonValue]:
+    return {
+        "name": space.name,
+        "kind": space.kind.name.lower(),
+        "strategy": space.strategy,
+        "apparent_bytes": space.apparent_bytes,
+        "allocated": extent(space.allocated),
+        "shared": extent(space.shared),
+        "exclusive": extent(space.exclusive),
+        "private": dict(sorted(space.private.items())),
+    }
+
+
+def extent(extent: Extent) -> dict[str, JsonValue]:
+    return {"size_bytes": extent.size_bytes, "inodes": extent.inodes}
+
+
+def freed(freed: Freed, dry_run: bool) -> dict[str, JsonValue]:
+    return {"dry_run": dry_run, "objects": extent(freed.objects), "trees": freed.trees}

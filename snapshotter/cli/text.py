@@ -64,7 +64,9 @@ def _prefix(text: str, width: int) -> str:
 
 
 def human_size(size_bytes: int) -> str:
-    """Three significant digits, binary units: 512 B, 4.00 KiB, 12.3 MiB."""
+    """Three significant digits, binary units: 512 B, 4.00 KiB, 12.3 MiB, -1.00 KiB."""
+    if size_bytes < 0:
+        return "-" + human_size(-size_bytes)
     if size_bytes < 1024:
         return f"{size_bytes} B"
     units = iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
@@ -72,6 +74,11 @@ def human_size(size_bytes: int) -> str:
     while value >= 1023.5 and unit != "PiB":
         value, unit = value / 1024, next(units)
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def counted(count: int, what: str) -> str:
+    """1 object, 2 objects."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def human_age(age_ns: int) -> str:

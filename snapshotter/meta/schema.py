@@ -12,6 +12,9 @@
     chains
     └── id of a committed snapshot → features u32, then its id and its ancestors', nearest first
 
+    layers
+    └── id of a committed snapshot → JSON: the fields of Facts    (if its files were shared)
+
     sealing
     └── id of a snapshot that is being sealed → the record of the active snapshot that it was
 
@@ -33,9 +36,10 @@ A change here raises SCHEMA_VERSION and adds the step from the version before to
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from blake3 import blake3
@@ -43,11 +47,12 @@ from blake3 import blake3
 from snapshotter.model import NO_USAGE, Info, Kind, SnapshotId, Usage
 from snapshotter.overlay.features import NO_FEATURES, Feature
 
-SCHEMA_VERSION = 1
-DATABASES = ("store", "keys", "snapshots", "children", "chains", "sealing")
+SCHEMA_VERSION = 2
+DATABASES = ("store", "keys", "snapshots", "children", "chains", "layers", "sealing")
 
 # From version N to N + 1, inside the transaction that opens the store.
-MIGRATIONS: dict[int, Callable[[Any], None]] = {}
+MIGRATIONS: dict[int, Callable[[Any], None]] = {1: lambda _tx: None}
+"""1: there was no `layers`, since no files were shared."""
 
 _HEAD = struct.Struct("<BBIQQQQQ")
 _U32 = struct.Struct("<I")
@@ -81,6 +86,21 @@ class Chain:
 
     ids: tuple[SnapshotId, ...] = ()
     features: Feature = NO_FEATURES
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What sharing a layer's files came to."""
+
+    strategy: str
+    apparent_bytes: int
+    """The sizes of the files."""
+    own: Usage | None = None
+    """What the tree itself takes, the objects not included; None if that has to be measured."""
+    private: Mapping[str, int] = field(default_factory=dict)
+    """Files that were not shared, by reason."""
+    many_names: Mapping[str, int] = field(default_factory=dict)
+    """Of refs to objects that are files of the tree under several names: how many."""
 
 
 def key_digest(name: str) -> bytes:
@@ -149,6 +169,16 @@ def encode_chain(chain: Chain) -> bytes:
 def decode_chain(raw: bytes) -> Chain:
     ids = struct.unpack_from(f"<{(len(raw) - _U32.size) // 8}Q", raw, _U32.size)
     return Chain(tuple(map(SnapshotId, ids)), Feature(decode_u32(raw[: _U32.size])))
+
+
+def encode_facts(facts: Facts) -> bytes:
+    return json.dumps(asdict(facts)).encode()
+
+
+def decode_facts(raw: bytes) -> Facts:
+    found = json.loads(raw)
+    own = found.pop("own")
+    return Facts(own=Usage(**own) if own else None, **found)
 
 
 def _put_text(parts: list[bytes], text: str) -> None:

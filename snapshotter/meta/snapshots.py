@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quote
 from snapshotter.meta import schema
-from snapshotter.meta.schema import Chain, Record
+from snapshotter.meta.schema import Chain, Facts, Record
 from snapshotter.meta.store import Tx
 from snapshotter.model import MAX_CHAIN, MAX_LABELS_BYTES, Commitment, Creation, Kind, SnapshotId, Usage
 from snapshotter.overlay.features import NO_FEATURES, Feature
@@ -27,6 +27,16 @@ class Layer:
     usage: Usage
     needs: Feature
     sealing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What sealing made of a layer."""
+
+    usage: Usage
+    needs: Feature
+    facts: Facts | None
+    """None if no files were shared."""
 
 
 class StillSealing(Exception):
@@ -201,27 +211,32 @@ def commit(tx: Tx, want: Commitment, layer: Layer) -> Record:
     )
     _delete(tx, active)
     _put(tx, record)
-    below = _chain_of(tx, parent_id)
-    chain = Chain((record.id, *below.ids), below.features | layer.needs)
-    tx.raw.put(schema.encode_id(record.id), schema.encode_chain(chain), db=tx.chains)
+    _put_chain(tx, record)
     if record.sealing:
         tx.raw.put(schema.encode_id(record.id), schema.encode_record(active), db=tx.sealing)
         tx.raw.put(schema.key_digest(active.name), schema.encode_id(record.id), db=tx.keys)
     return record
 
 
-def sealed(tx: Tx, snapshot_id: SnapshotId, usage: Usage) -> None:
+def sealed(tx: Tx, snapshot_id: SnapshotId, outcome: Sealed) -> None:
     """From now on the snapshot is what it was committed as."""
     record = by_id(tx, snapshot_id)
     if not record.sealing:
         return
     tx.raw.delete(schema.key_digest(_before_sealing(tx, snapshot_id).name), db=tx.keys)
     tx.raw.delete(schema.encode_id(snapshot_id), db=tx.sealing)
-    tx.raw.put(
-        schema.encode_id(snapshot_id),
-        schema.encode_record(replace(record, usage=usage, sealing=False)),
-        db=tx.snapshots,
-    )
+    raw_id = schema.encode_id(snapshot_id)
+    record = replace(record, usage=outcome.usage, features=outcome.needs, sealing=False)
+    tx.raw.put(raw_id, schema.encode_record(record), db=tx.snapshots)
+    _put_chain(tx, record)
+    if outcome.facts:
+        tx.raw.put(raw_id, schema.encode_facts(outcome.facts), db=tx.layers)
+
+
+def facts_of(tx: Tx, snapshot_id: SnapshotId) -> Facts | None:
+    """None of a layer whose files were not shared."""
+    raw = tx.raw.get(schema.encode_id(snapshot_id), db=tx.layers)
+    return None if raw is None else schema.decode_facts(raw)
 
 
 def remove(tx: Tx, name: str) -> SnapshotId:
@@ -240,6 +255,7 @@ def remove(tx: Tx, name: str) -> SnapshotId:
         tx.raw.delete(raw_id, db=tx.sealing)
     _delete(tx, record)
     tx.raw.delete(raw_id, db=tx.chains)
+    tx.raw.delete(raw_id, db=tx.layers)
     return record.id
 
 
@@ -292,6 +308,12 @@ def _delete(tx: Tx, record: Record) -> None:
     tx.raw.delete(schema.encode_id(record.id), db=tx.snapshots)
     if record.parent_id is not None:
         tx.raw.delete(schema.encode_child(record.parent_id, record.id), db=tx.children)
+
+
+def _put_chain(tx: Tx, committed: Record) -> None:
+    below = _chain_of(tx, committed.parent_id)
+    chain = Chain((committed.id, *below.ids), below.features | committed.features)
+    tx.raw.put(schema.encode_id(committed.id), schema.encode_chain(chain), db=tx.chains)
 
 
 def _chain_of(tx: Tx, committed_id: SnapshotId | None) -> Chain:

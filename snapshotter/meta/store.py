@@ -48,7 +48,7 @@ class _Request:
 class Tx:
     """A transaction together with the databases of the schema."""
 
-    __slots__ = ("chains", "children", "keys", "raw", "sealing", "snapshots", "store")
+    __slots__ = ("chains", "children", "keys", "layers", "raw", "sealing", "snapshots", "store")
 
     def __init__(self, raw: Txn, databases: dict[str, Any]) -> None:
         self.raw = raw
@@ -57,6 +57,7 @@ class Tx:
         self.snapshots = databases["snapshots"]
         self.children = databases["children"]
         self.chains = databases["chains"]
+        self.layers = databases["layers"]
         self.sealing = databases["sealing"]
 
 

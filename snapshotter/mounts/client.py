@@ -12,6 +12,7 @@ from snapshotter.errors import FailedPrecondition, quote
 from snapshotter.model import Mount
 from snapshotter.mounts import Target
 from snapshotter.overlay import options
+from snapshotter.overlay.features import Feature
 from snapshotter.root import Root
 
 
@@ -28,13 +29,15 @@ class ClientMounts:
         if not target.chain.ids:
             return (bind(str(root.fs(target.id)), target.writable),)
         lowers = [root.fs(layer) for layer in target.chain.ids]
-        if not target.writable and len(lowers) == 1:
+        if not target.writable and len(lowers) == 1 and Feature.DATA_ONLY not in target.chain.features:
             return (bind(str(lowers[0]), target.writable),)
         text = options.client_options(
             lowers,
             root.fs(target.id) if target.writable else None,
             root.work(target.id) if target.writable else None,
-            target.chain.features,
+            # Who unpacks a layer reads only directories below it, and so needs no objects.
+            target.chain.features & ~Feature.DATA_ONLY if target.is_extraction else target.chain.features,
+            root.objects,
             self._defaults,
         )
         if not target.is_extraction and not options.fits_page(text, root.snapshots):

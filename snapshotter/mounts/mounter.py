@@ -22,7 +22,7 @@ from snapshotter.model import Kind, Mount, SnapshotId
 from snapshotter.mounts import Target
 from snapshotter.mounts.client import ClientMounts, bind
 from snapshotter.mounts.detacher import Detacher
-from snapshotter.overlay.features import NO_FEATURES, option_names
+from snapshotter.overlay.features import NO_FEATURES, OF_UPPERS, Feature, option_names
 from snapshotter.overlay.mounting import Overlay, mount
 from snapshotter.overlay.switches import Switches
 from snapshotter.root import Root
@@ -54,7 +54,7 @@ class Mounter:
         overlaid = target.writable or len(target.chain.ids) > 1 or bool(target.chain.features)
         if self.mode == "client" or target.is_extraction or not overlaid:
             return target
-        features = self._switches.features() if target.writable else NO_FEATURES
+        features = self._switches.features() & OF_UPPERS if target.writable else NO_FEATURES
         return replace(target, materialized=True, features=features)
 
     def describe(self, target: Target) -> tuple[Mount, ...]:
@@ -175,14 +175,14 @@ class Mounter:
     def _overlay(self, target: Target) -> Overlay:
         root = self._root
         lowers = tuple(root.fs(layer) for layer in target.chain.ids)
+        data = root.objects if Feature.DATA_ONLY in target.chain.features else None
         if target.writable:
             upper, work = root.fs(target.id), root.work(target.id)
-            return Overlay(
-                lowers or (root.empty,), upper, work, switches=self._switches.narrowed(target.features).for_upper()
-            )
+            switches = self._switches.narrowed(target.features).for_upper()
+            return Overlay(lowers or (root.empty,), upper, work, data, switches)
         # The kernel wants two layers where there is no upper.
         lowers = lowers if len(lowers) > 1 else (*lowers, root.empty)
-        return Overlay(lowers, switches=self._switches.for_view())
+        return Overlay(lowers, data=data, switches=self._switches.for_view())
 
     def _check_features(self, target: Target) -> None:
         """Raises FailedPrecondition for an upper that may hold what is not understood without a feature that is off."""

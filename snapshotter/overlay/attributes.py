@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 _DEAD = ("origin", "impure", "nlink", "uuid", "upper", "protattr")
+_UNPACKED = ("opaque", "whiteout")
 _LIVING = ("opaque", "whiteout", "redirect", "metacopy")
 
 
@@ -25,6 +26,10 @@ class Names:
     def of_the_lowest_layer(self) -> Names:
         """There `opaque` hides nothing, and only shows to who reads the layer without an overlay."""
         return replace(self, dead=self.dead | {self.prefix + "opaque"})
+
+    def of_an_unpacked_layer(self) -> Names:
+        """There nobody but the kernel could have meant the others, and it never mounted the layer's upper."""
+        return replace(self, living=frozenset(self.prefix + name for name in _UNPACKED))
 
     @property
     def metacopy(self) -> str:

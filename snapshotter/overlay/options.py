@@ -27,12 +27,14 @@ def client_options(
     upper: Path | None,
     work: Path | None,
     needs: Feature,
+    data: Path,
     defaults: Mapping[str, bool],
 ) -> tuple[str, ...]:
     """Options of an overlay that any client may mount, several at once, and add `redirect_dir=off` to.
 
     index, metacopy and redirect_dir are off, said aloud only where the kernel's default is on, except
-    that a chain whose layers have redirects or metacopy files is unreadable without them.
+    that a chain whose layers have redirects or metacopy files is unreadable without them. `data` is the data-only
+    layer of a chain that has stubs.
     """
     wanted = {
         "index": False,
@@ -44,7 +46,8 @@ def client_options(
     ]
     if upper is not None:
         options += [f"workdir={work}", f"upperdir={upper}"]
-    options.append("lowerdir=" + ":".join(map(str, lowers)))
+    data_only = f"::{data}" if Feature.DATA_ONLY in needs else ""
+    options.append("lowerdir=" + ":".join(map(str, lowers)) + data_only)
     return tuple(options)
 
 
@@ -53,5 +56,7 @@ def fits_page(options: Sequence[str], common: Path) -> bool:
     containerd's mount package does where they do not fit as they are."""
     data = ",".join(options)
     prefix = f"{common}/"
+    if "::" in data:  # an empty path: there is no common directory then
+        return len(data.encode()) < MOUNT_DATA_BYTES
     cut = data.count(f"lowerdir={prefix}") + data.count(f":{prefix}")
     return len(data.encode()) - cut * len(prefix.encode()) < MOUNT_DATA_BYTES

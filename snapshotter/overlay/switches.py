@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 from snapshotter.errors import FailedPrecondition
 from snapshotter.overlay.attributes import TRUSTED, USER, Names
-from snapshotter.overlay.features import NO_FEATURES, Feature
+from snapshotter.overlay.features import NO_FEATURES, OF_STUBS, Feature
 from snapshotter.overlay.probe import Probe
 
 WANTED = frozenset({"index", "metacopy", "redirect_dir"})
 """On by themselves where they work, and userxattr in a user namespace. The others are only on when asked for: xino
 does nothing on one filesystem, nfs_export excludes metacopy, volatile gives up durability."""
 
-_OPTIONS = {Feature.METACOPY: "metacopy", Feature.REDIRECT_DIR: "redirect_dir", Feature.INDEX: "index"}
+_OPTIONS = {
+    Feature.METACOPY: "metacopy",
+    Feature.REDIRECT_DIR: "redirect_dir",
+    Feature.INDEX: "index",
+    Feature.DATA_ONLY: "data_only",
+}
 
 FLAGS = frozenset({"volatile", "userxattr"})
 
@@ -51,12 +56,16 @@ class Switches:
         return USER if "userxattr" in self.on else TRUSTED
 
     def features(self) -> Feature:
-        """What a layer made under these switches may come to need."""
+        """What can be mounted under these switches."""
         result = NO_FEATURES
         for feature, option in _OPTIONS.items():
             if option in self.on:
                 result |= feature
         return result
+
+    def has_stubs(self) -> bool:
+        """Whether layers with stubs can be mounted."""
+        return OF_STUBS in self.features()
 
     def narrowed(self, made_with: Feature) -> Switches:
         """For an upper that was made when less was on: nothing records that it needs what it would come to hold."""

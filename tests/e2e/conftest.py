@@ -1,4 +1,5 @@
-"""The fixtures of the end-to-end tests: images built once, and a fresh rig for each test."""
+"""The fixtures of the end-to-end tests: images built once, and a fresh rig for each test, at whose end no two paths
+of any chain may share an inode that the images did not link."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import NoReturn
 
 import pytest
 
+from snapshotter.client import Client
+from tests.rig.chains import alias_findings, image_links
 from tests.rig.containerd import Rig, directory_for_overlay
 from tests.rig.image import Image, Recipe, build_image
 from tests.rig.namespace import RigError
@@ -68,9 +71,18 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def rig(mode: str) -> Iterator[Rig]:
-    """Fresh daemon and containerd. At the end the daemon must stop with 0 and nothing may be left."""
+    """Fresh daemon and containerd. At the end there must be no alias, the daemon must stop with 0, and nothing
+    may be left."""
     if reason := missing():
         skip(reason)
     with Rig(daemon_arguments=["--mount-mode", mode]) as running:
         yield running
         print(running.logs(100))  # pytest shows it with a failed test
+        assert find_aliases(running) == []
+
+
+def find_aliases(rig: Rig) -> list[str]:
+    """In all chains of the store; what the images hard-linked is known from their archives."""
+    rig.collect_garbage()  # or snapshots would go while they are looked at
+    with Client(str(rig.daemon.address)) as client:
+        return alias_findings(client, rig.daemon_root, image_links(rig.base / "content"))

@@ -214,6 +214,8 @@ def test_a_store_is_refused_without_what_its_layers_need(
 
 def test_a_store_whose_layers_need_nothing_opens_everywhere(host: Host) -> None:
     """Also one whose layers were made with everything on, as long as they use nothing of it."""
+    host.configure(dedup={"strategy": "hardlink"})
+    host.restart()
     host.unpack("image", fill=image)
     host.commit_changes("layer", "image", fill=lambda merged: (merged / "new").write_text("x"))
     host.stop()
@@ -269,6 +271,8 @@ def test_a_store_whose_actives_need_an_index_serves_views_without(host: Host, lo
 
 def test_actives_that_need_metacopy_are_refused_without(host: Host) -> None:
     """Their upper may hold files without data. Others are served."""
+    host.configure(dedup={"strategy": "hardlink"})
+    host.restart()
     host.unpack("image", fill=image)
     with host.running("active", "image") as merged:
         (merged / "file").chmod(0o600)
@@ -334,6 +338,6 @@ def set_feature_bit(root: Path, kind: Kind, bit: int) -> None:
         features = int.from_bytes(raw[2:6], "little") | bit
         changed = raw[:2] + features.to_bytes(4, "little") + raw[6:]
         store.write(lambda tx: tx.raw.put(raw_id, changed, db=tx.snapshots))
-        assert schema.SCHEMA_VERSION == 1
+        assert schema.SCHEMA_VERSION == 2
     finally:
         store.close()

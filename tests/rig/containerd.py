@@ -2,6 +2,7 @@
 
     <base>/                   made by the rig in a directory that can hold an overlay's upper, gone at the end
       containerd.toml         its configuration: we are [proxy_plugins.dedup]
+      config.toml             the daemon's
       containerd.log  daemon.log
       content/                containerd's root
       state/                  containerd's state
@@ -22,13 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from snapshotter import linux
 from tests.rig.daemon import Daemon, wait_until_serving
+from tests.rig.host import write_config
 from tests.rig.image import ARCHITECTURE
 from tests.rig.namespace import CHECKOUT, Namespace, Process, RigError, mounts_below
 
@@ -72,11 +74,17 @@ class Rig:
     """Everything started by __enter__, ended and removed by __exit__."""
 
     def __init__(
-        self, base_dir: Path | None = None, *, namespace: str = "rig", daemon_arguments: Sequence[str] = ()
+        self,
+        base_dir: Path | None = None,
+        *,
+        namespace: str = "rig",
+        daemon_arguments: Sequence[str] = (),
+        dedup: Mapping[str, object] | None = None,
     ) -> None:
         """`base_dir` must not exist yet; without one a fresh directory is made where overlay can write.
-        `namespace` is containerd's."""
+        `namespace` is containerd's; `dedup`, settings of the daemon's configuration in the table of that name."""
         self._daemon_arguments = daemon_arguments
+        self._dedup = dedup or {}
         self._requested = base_dir
         self._containerd_namespace = namespace
         self._exit = contextlib.ExitStack()
@@ -90,9 +98,11 @@ class Rig:
             undo.callback(self._remove_cgroups)
             self.namespace = undo.enter_context(Namespace())
             self.daemon_root = self.base / "snapshots"
+            config = write_config(self.base / "config.toml", dedup=self._dedup)
             self.daemon = Daemon(
                 self.daemon_root, self.base / "dedup.sock",
-                log=self.base / "daemon.log", namespace=self.namespace, arguments=self._daemon_arguments,
+                log=self.base / "daemon.log", namespace=self.namespace,
+                arguments=["--config", str(config), *self._daemon_arguments],
             )  # fmt: skip
             undo.push(self.daemon.__exit__)
             self.daemon.start()

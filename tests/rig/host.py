@@ -14,6 +14,7 @@ In short:
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,20 +46,25 @@ class Host:
         root: Path | None = None,
         mode: str = "daemon",
         overlay: Mapping[str, str] | None = None,
+        dedup: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`overlay`: settings of the configuration's table of that name."""
+        """`overlay`, `dedup`: settings of the configuration's tables of these names."""
         self.base = base
         self.root = root or base / "root"
         self.daemon = Daemon(self.root, base / "s.sock", log=base / "daemon.log", environment=environment)
-        self.configure(mode, overlay)
+        self.configure(mode, overlay, dedup)
         self._client: Client | None = None
         self._numbers = itertools.count()
 
-    def configure(self, mode: str = "daemon", overlay: Mapping[str, str] | None = None) -> None:
+    def configure(
+        self,
+        mode: str = "daemon",
+        overlay: Mapping[str, str] | None = None,
+        dedup: Mapping[str, object] | None = None,
+    ) -> None:
         """For the next start."""
-        config = self.base / "config.toml"
-        config.write_text("".join(["[overlay]\n", *(f'{key} = "{value}"\n' for key, value in (overlay or {}).items())]))
+        config = write_config(self.base / "config.toml", overlay=overlay, dedup=dedup)
         self.daemon.arguments = ["--config", str(config), "--mount-mode", mode]
 
     def __enter__(self) -> Self:
@@ -180,6 +186,17 @@ class Host:
     def mounts(self) -> list[str]:
         """The names below mounts/ at which something is mounted, one for each mount."""
         return sorted(Path(target).name for target in mounts_below(self.root / "mounts"))
+
+
+def write_config(path: Path, **tables: Mapping[str, object] | None) -> Path:
+    """A configuration file with these tables. Values are strings, integers or lists of them, which TOML writes as
+    JSON does."""
+    lines = []
+    for name, settings in tables.items():
+        if settings:
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
 
 
 def upper_of(mounts: Sequence[Mount]) -> Path:

@@ -50,6 +50,8 @@ def test_optional_arguments_are_optional() -> None:
     assert parse(["prepare", "k"]).parent == ""
     assert parse(["ls"]).filters == []
     assert parse(["usage", "--json"]).keys == []
+    assert parse(["df", "--now"]).keys == []
+    assert parse(["df", "a", "--why", "b"]).keys == ["a", "b"]
     assert parse(["ls", "--names", "kind==active", "name==x"]).filters == ["kind==active", "name==x"]
 
 

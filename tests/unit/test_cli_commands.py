@@ -147,8 +147,32 @@ def test_info_is_of_the_daemon(snapctl: Snapctl) -> None:
     assert (info["version"], info["pid"]) == (__version__, snapctl.daemon.pid)
     assert (info["root"], info["address"]) == (str(snapctl.daemon.root), str(snapctl.daemon.address))
     assert (info["committed"], info["active"], info["views"]) == (1, 1, 1)
+    assert info["dedup_strategy"] in ("stub", "hardlink", "off")
     assert TIME.fullmatch(info["started_at"])
     assert any(line.split()[:3] == ["max", "chain", str(info["max_chain"])] for line in snapctl.lines("info"))
+
+
+@pytest.mark.usefixtures("layers")
+def test_df_shows_the_store_and_some_or_all_snapshots(snapctl: Snapctl) -> None:
+    found = snapctl.json("df", "--now")
+    names = [each["name"] for each in found["snapshots"]]
+    assert set(names) == {"base", "work", "look"}
+    assert TIME.fullmatch(found["store"]["as_of"])
+    assert found["store"]["filesystem_inodes"] > found["store"]["filesystem_inodes_free"] > 0
+    shown = snapctl.lines("df")
+    assert [line.split()[0] for line in shown[-4:]] == ["NAME", *names]
+    assert any(line.startswith("without sharing  ") for line in shown)
+    assert [line.split()[0] for line in snapctl.lines("df", "base", "work", "base")[-3:]].count("base") == 1
+    assert snapctl.fails(3, "df", "gone").startswith('snapshot "gone" did not exist at ')
+
+
+@pytest.mark.usefixtures("layers")
+def test_gc_frees_what_was_removed(snapctl: Snapctl) -> None:
+    snapctl.run("rm", "work", "look", "base")
+    assert re.fullmatch(r"would free \d+ objects?, .+, \d+ inodes?.*\n", snapctl.run("gc", "--dry-run").stdout)
+    assert snapctl.run("gc").stdout.startswith("freed ")
+    nothing = {"dry_run": True, "objects": {"size_bytes": 0, "inodes": 0}, "trees": 0}
+    assert snapctl.json("gc", "--dry-run") == nothing
 
 
 @pytest.mark.usefixtures("layers")

@@ -72,6 +72,7 @@ def test_wide_and_combining_characters_are_counted_in_columns() -> None:
     [
         (0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (4096, "4.00 KiB"), (12_595, "12.3 KiB"),
         (1_048_000, "1023 KiB"), (1_048_575, "1.00 MiB"), (5 << 40, "5.00 TiB"), (1 << 63, "8192 PiB"),
+        (-1, "-1 B"), (-4096, "-4.00 KiB"),
     ],
 )  # fmt: skip
 def test_sizes_have_three_digits(size_bytes: int, shown: str) -> None:

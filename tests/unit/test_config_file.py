@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from snapshotter.config import LOG_FORMATS, LOG_LEVELS, Config, load
+from snapshotter.config import LOG_FORMATS, LOG_LEVELS, STRATEGIES, Config, load
 from snapshotter.errors import InvalidArgument
 from tests.rig.namespace import CHECKOUT
 
@@ -51,14 +52,18 @@ def test_every_key_in_the_file_is_explained() -> None:
 
 
 def test_the_file_names_every_choice() -> None:
-    for choice in (*LOG_LEVELS, *LOG_FORMATS):
+    for choice in (*LOG_LEVELS, *LOG_FORMATS, *STRATEGIES):
         assert f'"{choice}"' in FILE.read_text()
 
 
 def test_the_page_shows_every_key_with_its_default() -> None:
     page = (CHECKOUT / "docs/configuration.md").read_text()
     shown = dict(re.findall(r"(?m)^\| `([\w.]+)` \| `([^`]+)` \|", page))
-    assert shown == {key: f'"{value}"' for key, value in keys().items()}
+    assert shown == {key: toml(value) for key, value in keys().items()}
+
+
+def toml(value: object) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,9 @@ def test_the_page_shows_every_key_with_its_default() -> None:
         ("root = 1", '"root" must be a string, not 1'),
         ('log = "info"', '"log" is a table'),
         ("root =", "is not TOML"),
+        ('[dedup]\nstrategy = "links"', '"dedup.strategy" must be one of auto, stub, hardlink, off'),
+        ("[dedup]\nstub_min_bytes = 0", '"dedup.stub_min_bytes" must be at least 1, not 0'),
+        ('[dedup]\nnever_link = "etc"', '"dedup.never_link" must be an array of strings'),
     ],
 )
 def test_a_mistake_is_named(base: Path, text: str, complaint: str) -> None:

@@ -187,11 +187,12 @@ def test_layer_reports_usage_and_what_reading_it_takes(base: Path) -> None:
     os.mknod(tree / "whiteout", 0o20600, 0)
     os.mkfifo(tree / "fifo")
     (tree / "link").symlink_to("/nowhere")
-    assert layer.finish(tree, never, TRUSTED) == Found(scan([tree], never), NO_FEATURES, has_dead_attributes=False)
+    mtimes_ns = {path.stat().st_ino: path.stat().st_mtime_ns for path in (tree, tree / "d")}
+    assert layer.finish(tree, TRUSTED) == Found(scan([tree], never), NO_FEATURES, False, 5000, 5000, mtimes_ns)
     os.setxattr(tree / "d", "trusted.overlay.redirect", b"/old")
-    assert layer.finish(tree, never, TRUSTED).needs == Feature.REDIRECT_DIR
+    assert layer.finish(tree, TRUSTED).needs == Feature.REDIRECT_DIR
     os.setxattr(tree / "f", "trusted.overlay.metacopy", b"")
-    assert layer.finish(tree, never, TRUSTED).needs == Feature.REDIRECT_DIR | Feature.METACOPY
+    assert layer.finish(tree, TRUSTED).needs == Feature.REDIRECT_DIR | Feature.METACOPY
 
 
 def open_deepest(top: Path) -> int:
@@ -210,7 +211,7 @@ def test_a_copy_keeps_hard_links_and_holds_few_descriptors_however_deep(base: Pa
     os.link("one", "two", src_dir_fd=bottom, dst_dir_fd=bottom)
     os.close(bottom)
     before = open_descriptors()
-    clone.copy_tree(base / "deep", base / "copy", TRUSTED, True, never)
+    clone.copy_tree(base / "deep", base / "copy", TRUSTED, True)
     assert open_descriptors() == before
     assert sorted(names_below(base / "copy")) == sorted(names_below(base / "deep"))
     bottom = open_deepest(base / "copy")
@@ -240,7 +241,7 @@ def test_a_metacopy_file_that_is_copied_up_during_the_copy_stays_one(
         copy_file(*arguments, **options)
 
     monkeypatch.setattr(clone, "_copy_file", interrupted)
-    clone.copy_tree(base / "tree", base / "copy", TRUSTED, True, never)
+    clone.copy_tree(base / "tree", base / "copy", TRUSTED, True)
     assert os.listxattr(base / "copy" / "f") == [TRUSTED.metacopy]
     assert (base / "copy" / "f").stat().st_size == 8000
 
@@ -251,10 +252,10 @@ def test_an_attribute_of_overlays_that_nobody_knows_is_refused(base: Path) -> No
     (tree / "d" / "f").touch()
     os.setxattr(tree / "d" / "f", "trusted.overlay.overlay.future", b"a nested overlay's: data")
     os.setxattr(tree / "d" / "f", "user.overlay.origin", b"anybody's: data")
-    assert not layer.finish(tree, never, TRUSTED).has_dead_attributes
+    assert not layer.finish(tree, TRUSTED).has_dead_attributes
     os.setxattr(tree / "d" / "f", "trusted.overlay.future", b"")
     with pytest.raises(FailedPrecondition, match=r"/tree/d/f.* trusted\.overlay\.future"):
-        layer.finish(tree, never, TRUSTED)
+        layer.finish(tree, TRUSTED)
 
 
 def test_layer_syncs_every_file_and_directory(base: Path) -> None:
@@ -265,7 +266,7 @@ def test_layer_syncs_every_file_and_directory(base: Path) -> None:
         (tree / "d" / f"f{number}").write_text("content")
     program = (
         "import sys; from pathlib import Path; from snapshotter import layer; "
-        "from snapshotter.overlay.attributes import TRUSTED; layer.finish(Path(sys.argv[1]), lambda: False, TRUSTED)"
+        "from snapshotter.overlay.attributes import TRUSTED; layer.finish(Path(sys.argv[1]), TRUSTED)"
     )
     trace = base / "trace"
     subprocess.run(

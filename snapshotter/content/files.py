@@ -1,0 +1,114 @@
+"""A file of a layer that might be shared, with all its names; and the places from which names are swapped.
+
+The tree is one that nobody can write to and that no overlay uses.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapshotter import failpoint, linux
+from snapshotter.walker import OPEN_DIRECTORY, walk_names
+
+_SWAPPING = b"swapping-"
+"""And the number of the old inode: in a stage, a link of the new one while their names are exchanged."""
+
+
+class Private(Exception):
+    """The file cannot be shared, and why: a few words that the administrator sees counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One name of the file."""
+
+    directory_fd: int
+    name: bytes
+    path: bytes
+    """Below the top of the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An open file, read to its end."""
+
+    fd: int
+    status: os.stat_result
+    attributes: dict[str, bytes]
+    digest: bytes
+    places: tuple[Place, ...]
+    """Every name that its inode has."""
+
+
+class Stage:
+    """A directory on the filesystem of the tree where replacements wait; what they replaced ends up there.
+
+    `close` it; its content then goes to the trash.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700)
+        self.fd = os.open(directory, OPEN_DIRECTORY)
+        self._count = 0
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def new_name(self) -> bytes:
+        self._count += 1
+        return b"%x" % self._count
+
+    def put(self, source_fd: int, source: str | bytes, file: File, keep_old: bool) -> None:
+        """Makes every name of the file one of the inode at `source`, or none of them if that fails.
+
+        All that may want space or links happens before the first name changes. `keep_old` moves the old inode's
+        names here, since freeing its blocks takes a while. Where a kill comes between, `finish_swaps` goes on.
+        Raises OSError.
+        """
+        staged: list[bytes] = []
+        try:
+            names = [self.new_name() for _ in file.places]
+            if len(names) > 1:
+                names.append(b"%s%d" % (_SWAPPING, file.status.st_ino))
+            for name in names:
+                os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=self.fd, follow_symlinks=False)
+                staged.append(name)
+            failpoint.hit("share.staged")
+            for name, place in zip(names, file.places, strict=False):
+                self.move(name, place, keep_old)
+                staged.remove(name)
+        finally:
+            for name in staged:
+                os.unlink(name, dir_fd=self.fd)
+
+    def move(self, name: bytes, place: Place, keep_old: bool) -> None:
+        """Makes what is here as `name` the inode at one place. Raises OSError."""
+        if keep_old:
+            linux.renameat2(self.fd, name, place.directory_fd, place.name, linux.RENAME_EXCHANGE)
+        else:
+            os.rename(name, place.name, src_dir_fd=self.fd, dst_dir_fd=place.directory_fd)
+        failpoint.hit("share.swapped")
+
+
+def finish_swaps(tree: Path, stages: list[Path]) -> None:
+    """After a kill: gives names that an inode kept to the one that has its other names now. Raises OSError."""
+    with ExitStack() as stack:
+        halves: dict[int, tuple[int, str]] = {}
+        for directory in stages:
+            fd = os.open(directory, OPEN_DIRECTORY)
+            stack.callback(os.close, fd)
+            for name in os.listdir(fd):
+                if name.startswith(_SWAPPING.decode()):
+                    halves[int(name.removeprefix(_SWAPPING.decode()))] = fd, name
+        if not halves:
+            return
+        top_fd = os.open(tree, OPEN_DIRECTORY)
+        stack.callback(os.close, top_fd)
+        for found in walk_names(top_fd):
+            if found.is_file and found.inode in halves:
+                fd, name = halves[found.inode]
+                os.link(name, "next", src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+                os.rename("next", found.name, src_dir_fd=fd, dst_dir_fd=found.directory_fd)

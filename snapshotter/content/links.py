@@ -1,0 +1,126 @@
+"""Strategy "hardlink": the file in the tree is the object itself.
+
+Only files with equal content and metadata can be one inode, and a chain may use an inode once: with index=on
+the kernel keeps hard links together across copy-up, so two paths that dedup made one inode would become one file
+with the first write. Where a chain needs the same file again, it gets another instance of the object, with
+shared extents where the filesystem can.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from blake3 import blake3
+
+from snapshotter import failpoint, linux
+from snapshotter.content.files import File, Private, Stage
+from snapshotter.content.objects import Adopted, Locator, Objects, Wanted
+
+_IDENTITY = struct.Struct("<IIIqQ")
+_TEXT = struct.Struct("<I")
+
+
+class Links:
+    """Makes hard links in one layer."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        refs_fd: int,
+        stage: Stage,
+        used: frozenset[str],
+        never: Sequence[str],
+        reflink: bool,
+    ) -> None:
+        """`used`: the refs of the layers below. `never`: globs of paths that are not shared, nor what is below them."""
+        self._objects = objects
+        self._refs_fd = refs_fd
+        self._stage = stage
+        self._used = used
+        self._never = tuple(never)
+        self._reflink = reflink
+
+    def locate(self, file: File) -> Locator:
+        """Where its object would be."""
+        return _locator(file)
+
+    def share(self, file: File) -> Adopted:
+        """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
+        for place in file.places:
+            if self._is_never_shared(place.path):
+                raise Private("listed in never_link")
+        wanted = Wanted(_locator(file), _has_metadata_of(file), lambda _fd: None, may_repeat=False, spared=self._used)
+        while True:
+            adopted = self._objects.adopt(wanted, file.fd, self._refs_fd)
+            if adopted.is_new or self._is_object(file, adopted):
+                if adopted.is_new and adopted.instance and self._reflink:
+                    self._share_extents(file, adopted)
+                return adopted
+            try:
+                failpoint.hit("share.before-swap")
+                self._stage.put(self._refs_fd, adopted.ref, file, keep_old=True)
+                return adopted
+            except OSError as error:
+                self._objects.forget(adopted, self._refs_fd, len(file.places))
+                if error.errno != errno.EMLINK:
+                    raise
+                wanted = replace(wanted, spared=wanted.spared | {adopted.ref})
+
+    def _is_never_shared(self, path: bytes) -> bool:
+        parts = os.fsdecode(path).split("/")
+        return any(_matches(parts, glob.strip("/").split("/")) for glob in self._never)
+
+    def _is_object(self, file: File, adopted: Adopted) -> bool:
+        return os.path.samestat(file.status, os.stat(adopted.ref, dir_fd=self._refs_fd, follow_symlinks=False))
+
+    def _share_extents(self, file: File, adopted: Adopted) -> None:
+        """With the first instance, if it is there; nothing is lost where the kernel will not."""
+        first = _locator(file).stem
+        try:
+            source = os.open(
+                first, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._objects.shard_fd(adopted.shard)
+            )
+        except OSError:
+            return
+        try:
+            linux.dedupe_range(source, file.fd, file.status.st_size)
+        except OSError:
+            return
+        finally:
+            os.close(source)
+
+
+def _matches(path: list[str], glob: list[str]) -> bool:
+    """Whether the glob names the path or a directory above it; its wildcards match no slash."""
+    return len(glob) <= len(path) and all(map(fnmatchcase, path, glob))
+
+
+def _locator(file: File) -> Locator:
+    """The whole hash of all that has to be equal."""
+    status = file.status
+    hashed = blake3(file.digest)
+    hashed.update(_IDENTITY.pack(
+        stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size
+    ))  # fmt: skip
+    for key, value in sorted(file.attributes.items()):
+        for part in (key.encode(errors="surrogateescape"), value):
+            hashed.update(_TEXT.pack(len(part)))
+            hashed.update(part)
+    text = hashed.hexdigest()
+    return Locator(text[:2], text[2:])
+
+
+def _has_metadata_of(file: File) -> Callable[[int, str], bool]:
+    ours = _metadata(file.status)
+    return lambda directory_fd, name: _metadata(os.stat(name, dir_fd=directory_fd, follow_symlinks=False)) == ours
+
+
+def _metadata(status: os.stat_result) -> tuple[int, ...]:
+    """What is cheap to compare, lest somebody changed an object by hand."""
+    return status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size

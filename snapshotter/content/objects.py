@@ -1,0 +1,237 @@
+"""The object store.
+
+    objects/xx/NAME            an object: one inode, whose links are this name, one in refs/ of each layer that
+                               uses it, and the paths in layers that are the object itself (links.py)
+    snapshots/<id>/refs/xxNAME what the layer `id` uses
+
+The link count is the reference count: removing a layer removes its links, and an object with no other
+link than its name is garbage. NAME is a locator made of a hash, and if that name belongs to something else, or
+its inode takes no more links, "." and the number of an instance behind it.
+
+Whoever makes, uses or collects an object holds the lock (flock) of its shard, the directory xx. A kill
+frees it, and leaves nothing but a link in refs/, which goes when the layer does, or is found when the layer is
+sealed again.
+
+    order when an object is made     refs/ link, then the name in the store
+    order when it is collected       the name in the store, then the refs/ link
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from snapshotter import failpoint
+from snapshotter.model import NO_EXTENT, Extent
+from snapshotter.root import SHARDS_OF_OBJECTS
+from snapshotter.walker import OPEN_DIRECTORY
+
+_BLOCK_BYTES = 512
+_MAX_INSTANCES = 256
+
+
+class TooManyLinks(Exception):
+    """No instance of the object takes another link."""
+
+
+@dataclass(frozen=True, slots=True)
+class Locator:
+    """Where the first instance of an object is."""
+
+    shard: str
+    stem: str
+
+    def instance(self, number: int) -> str:
+        return f"{self.stem}.{number:x}" if number else self.stem
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """An object that the layer now refers to."""
+
+    shard: str
+    name: str
+    instance: int
+    is_new: bool = False
+    """The file itself became the object."""
+    made_ref: bool = False
+    """The layer did not refer to it before."""
+
+    @property
+    def ref(self) -> str:
+        return self.shard + self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which object a file could be replaced by."""
+
+    locator: Locator
+    verify: Callable[[int, str], bool]
+    """Whether the object at a directory and name is it: a locator says only where to look."""
+    prepare: Callable[[int], None]
+    """Done to the file, by descriptor, before it becomes the object."""
+    may_repeat: bool
+    """Whether the layer may use one object for several files."""
+    spared: frozenset[str] = frozenset()
+    """Refs of instances that it must not use."""
+
+
+class Objects:
+    """The store as one process sees it. `close` it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._shards: dict[str, int] = {}
+        self._changed: set[str] = set()
+
+    def close(self) -> None:
+        for fd in self._shards.values():
+            os.close(fd)
+        self._shards.clear()
+
+    def sync(self) -> None:
+        """Makes durable which objects there are. Raises OSError."""
+        for shard in sorted(self._changed):
+            os.fsync(self._shards[shard])
+        self._changed.clear()
+
+    @contextmanager
+    def locked(self, shard: str) -> Iterator[int]:
+        """The shard's directory, with its lock. Hold one at a time."""
+        fd = self.shard_fd(shard)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            yield fd
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def shard_fd(self, shard: str) -> int:
+        fd = self._shards.get(shard)
+        if fd is None:
+            fd = self._shards[shard] = os.open(self._directory / shard, OPEN_DIRECTORY)
+        return fd
+
+    def adopt(self, wanted: Wanted, file_fd: int, refs_fd: int) -> Adopted:
+        """Refers to an object that is as wanted, or makes the file one. Raises TooManyLinks, OSError."""
+        with self.locked(wanted.locator.shard) as shard_fd:
+            for number in range(_MAX_INSTANCES):
+                found = Adopted(wanted.locator.shard, wanted.locator.instance(number), number)
+                if found.ref in wanted.spared:
+                    continue
+                try:
+                    referred = self._refer(shard_fd, found, file_fd, refs_fd, wanted)
+                except FileNotFoundError:
+                    wanted.prepare(file_fd)
+                    self._make(shard_fd, found, file_fd, refs_fd)
+                    return replace(found, is_new=True, made_ref=True)
+                except OSError as error:
+                    if error.errno != errno.EMLINK:
+                        raise
+                    continue
+                if referred:
+                    return referred
+        raise TooManyLinks(wanted.locator.stem)
+
+    def forget(self, adopted: Adopted, refs_fd: int, names: int) -> None:
+        """Undoes `adopt` for a file with so many names where nothing came of it. Raises OSError."""
+        if not adopted.made_ref:
+            return
+        with self.locked(adopted.shard) as shard_fd:
+            status = os.stat(adopted.ref, dir_fd=refs_fd, follow_symlinks=False)
+            if adopted.is_new and status.st_nlink == names + 2:
+                os.unlink(adopted.name, dir_fd=shard_fd)
+            os.unlink(adopted.ref, dir_fd=refs_fd)
+
+    def links_of(self, locator: Locator, fd: int, refs_fd: int) -> int:
+        """How many links of the file are in the store and in refs/: not 0 after a kill."""
+        status, shard_fd = os.fstat(fd), self.shard_fd(locator.shard)
+        names = [locator.instance(number) for number in range(_MAX_INSTANCES)]
+        return sum(_is_same(status, shard_fd, name) + _is_same(status, refs_fd, locator.shard + name) for name in names)
+
+    def _refer(self, shard_fd: int, found: Adopted, file_fd: int, refs_fd: int, wanted: Wanted) -> Adopted | None:
+        """None if this instance will not do. Raises FileNotFoundError if there is none, and OSError."""
+        try:
+            os.link(found.name, found.ref, src_dir_fd=shard_fd, dst_dir_fd=refs_fd)
+        except FileExistsError:
+            if wanted.may_repeat:
+                return found if wanted.verify(refs_fd, found.ref) else None
+            return found if _is_same(os.fstat(file_fd), shard_fd, found.name) else None
+        failpoint.hit("share.referred")
+        if wanted.verify(refs_fd, found.ref):
+            return replace(found, made_ref=True)
+        os.unlink(found.ref, dir_fd=refs_fd)
+        return None
+
+    def _make(self, shard_fd: int, made: Adopted, file_fd: int, refs_fd: int) -> None:
+        with suppress(FileNotFoundError):  # a kill may have left one before the object had a name
+            os.unlink(made.ref, dir_fd=refs_fd)
+        os.link(f"/proc/self/fd/{file_fd}", made.ref, dst_dir_fd=refs_fd)
+        failpoint.hit("share.linked")
+        try:
+            os.link(made.ref, made.name, src_dir_fd=refs_fd, dst_dir_fd=shard_fd)
+        except OSError:
+            os.unlink(made.ref, dir_fd=refs_fd)
+            raise
+        self._changed.add(made.shard)
+        failpoint.hit("share.made-object")
+
+
+def release_all(directory: Path, refs: Path) -> Extent:
+    """Lets go of all that a layer's refs/ refers to, and of the objects that nobody else uses. Where layers hold
+    objects themselves, remove the layer's tree first. Can be repeated. Raises OSError."""
+    objects, freed = Objects(directory), NO_EXTENT
+    try:
+        refs_fd = os.open(refs, OPEN_DIRECTORY)
+    except FileNotFoundError:
+        return freed
+    try:
+        for ref in os.listdir(refs_fd):
+            with objects.locked(ref[:2]) as shard_fd:
+                freed += _release(shard_fd, ref[2:], refs_fd, ref)
+            failpoint.hit("collect.ref")
+    finally:
+        os.close(refs_fd)
+        objects.close()
+    return freed
+
+
+def collect_unused(directory: Path) -> Extent:
+    """Takes every object that no layer refers to: nothing is left of those by a kill, but perhaps by a crash of the
+    host. Reads the whole store. Raises OSError."""
+    objects, freed = Objects(directory), NO_EXTENT
+    try:
+        for shard in sorted(SHARDS_OF_OBJECTS):
+            with objects.locked(shard) as shard_fd:
+                for name in os.listdir(shard_fd):
+                    status = os.stat(name, dir_fd=shard_fd, follow_symlinks=False)
+                    if status.st_nlink == 1:
+                        os.unlink(name, dir_fd=shard_fd)
+                        freed += Extent(status.st_blocks * _BLOCK_BYTES, 1)
+    finally:
+        objects.close()
+    return freed
+
+
+def _release(shard_fd: int, name: str, refs_fd: int, ref: str) -> Extent:
+    """Under the shard's lock. The ref goes last: as long as it is there, a repetition finds the object."""
+    freed = NO_EXTENT
+    status = os.stat(ref, dir_fd=refs_fd, follow_symlinks=False)
+    if status.st_nlink == 2 and _is_same(status, shard_fd, name):
+        os.unlink(name, dir_fd=shard_fd)
+        freed = Extent(status.st_blocks * _BLOCK_BYTES, 1)
+    failpoint.hit("collect.object")
+    os.unlink(ref, dir_fd=refs_fd)
+    return freed
+
+
+def _is_same(status: os.stat_result, directory_fd: int, name: str) -> bool:
+    try:
+        return os.path.samestat(status, os.stat(name, dir_fd=directory_fd, follow_symlinks=False))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,94 @@
+"""What sealing a layer has to know, set down before the commit point, and what it puts right at the end.
+
+    snapshots/<id>/seal/plan    JSON: the fields of Plan
+    snapshots/<id>/seal/<n>     the stage of worker n (files.Stage)
+
+Sharing a file changes the times of the directory that it is in. They are put back at the end; a kill in
+between must not lose them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from snapshotter import linux
+from snapshotter.durable import sync_directory
+from snapshotter.overlay.features import Feature
+from snapshotter.walker import OPEN_DIRECTORY, walk_names
+
+_PLAN = "plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    strategy: str
+    strip: bool
+    """Whether there are attributes of a dead upper."""
+    needs: Feature
+    """What reading the tree takes as it is."""
+    apparent_bytes: int
+    """The sizes of its files."""
+    mtimes_ns: Mapping[int, int]
+    """Of every directory, by its inode."""
+
+    def write(self, directory: Path) -> None:
+        """Makes the directory, and in it the plan, durably. Raises OSError."""
+        directory.mkdir(mode=0o700)
+        text = json.dumps(asdict(self))
+        fd = os.open(directory / _PLAN, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(fd)
+        sync_directory(directory)
+        sync_directory(directory.parent)
+
+
+def read_plan(directory: Path) -> Plan | None:
+    """None if there is none. Raises OSError."""
+    try:
+        found = json.loads((directory / _PLAN).read_text())
+    except FileNotFoundError:
+        return None
+    mtimes_ns = {int(inode): time_ns for inode, time_ns in found["mtimes_ns"].items()}
+    return Plan(found["strategy"], found["strip"], Feature(found["needs"]), found["apparent_bytes"], mtimes_ns)
+
+
+def settle(tree: Path, mtimes_ns: Mapping[int, int], was_interrupted: bool, filesystem: str) -> None:
+    """Puts the directories' times back and makes durable what sharing changed. Raises OSError.
+
+    ext4 and XFS write changes of names and inodes to their journals in the order in which they were made, so
+    syncing a directory whose names changed last makes durable all that was made for it, stubs too. Others are
+    synced as a whole. After an interruption every directory may have changed.
+    """
+    top_fd = os.open(tree, OPEN_DIRECTORY)
+    try:
+        _settle_one(top_fd, mtimes_ns, was_interrupted)
+        for found in walk_names(top_fd):
+            if found.is_directory:
+                fd = os.open(found.name, OPEN_DIRECTORY, dir_fd=found.directory_fd)
+                try:
+                    _settle_one(fd, mtimes_ns, was_interrupted)
+                finally:
+                    os.close(fd)
+        if filesystem not in _ORDERED:
+            linux.syncfs(top_fd)
+    finally:
+        os.close(top_fd)
+
+
+_ORDERED = ("ext4", "xfs")
+
+
+def _settle_one(fd: int, mtimes_ns: Mapping[int, int], was_interrupted: bool) -> None:
+    status = os.fstat(fd)
+    wanted_ns = mtimes_ns.get(status.st_ino, status.st_mtime_ns)
+    if wanted_ns != status.st_mtime_ns:
+        os.utime(fd, ns=(status.st_atime_ns, wanted_ns))
+    elif not was_interrupted:
+        return
+    os.fsync(fd)

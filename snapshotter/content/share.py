@@ -1,0 +1,271 @@
+"""One pass over a layer's tree that shares what can be shared. Runs in worker processes, each taking the inodes of
+its own, so that all names of a hard link are one process's.
+
+Nothing that goes wrong with a file fails the pass: the file stays as it is, and is counted by reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snapshotter.content.files import File, Place, Private, Stage
+from snapshotter.content.hashing import Hasher
+from snapshotter.content.links import Links
+from snapshotter.content.objects import Adopted, Objects, TooManyLinks
+from snapshotter.content.stubs import Stubs
+from snapshotter.overlay.attributes import TRUSTED, USER
+from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
+
+STUB = "stub"
+HARDLINK = "hardlink"
+OFF = "off"
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
+_BLOCK_BYTES = 512
+_MAX_PATH_BYTES = 3800
+"""Of names of hard links, which are opened again by path: PATH_MAX less some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the administrator set (config.DedupConfig)."""
+
+    strategy: str
+    stub_min_bytes: int
+    never_link: tuple[str, ...]
+    reflink: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Directories of the layer, and others that matter."""
+
+    tree: Path
+    refs: Path
+    stages: Path
+    objects: Path
+    below: tuple[Path, ...]
+    """refs/ of the layers below it."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the pass did."""
+
+    shared_inodes: int = 0
+    shared_bytes: int = 0
+    """Allocated bytes that are in objects now and were in the tree."""
+    stub_bytes: int = 0
+    """Allocated by stubs."""
+    new_objects: int = 0
+    private: Counter[str] = field(default_factory=Counter)
+    """Files that were not shared, by reason."""
+    many_names: dict[str, int] = field(default_factory=dict)
+    """Of refs to objects that are files of the tree under several names: how many."""
+
+    def add(self, other: Outcome) -> None:
+        self.shared_inodes += other.shared_inodes
+        self.shared_bytes += other.shared_bytes
+        self.stub_bytes += other.stub_bytes
+        self.new_objects += other.new_objects
+        self.private.update(other.private)
+        self.many_names.update(other.many_names)
+
+
+def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
+    """Shares the files of part `number` of `count`. Raises OSError when the tree cannot be read."""
+    with ExitStack() as stack:
+        top_fd = os.open(layout.tree, OPEN_DIRECTORY)
+        stack.callback(os.close, top_fd)
+        refs_fd = os.open(layout.refs, OPEN_DIRECTORY)
+        stack.callback(os.close, refs_fd)
+        stage = Stage(layout.stages / str(number))
+        stack.callback(stage.close)
+        objects = Objects(layout.objects)
+        stack.callback(objects.close)
+        strategy = _strategy(layout, rules, objects, refs_fd, stage)
+        sharer = _Sharer(top_fd, refs_fd, objects, rules, strategy, Hasher(count))
+        for name in walk_names(top_fd):
+            if name.is_file and name.inode % count == number:
+                sharer.visit(name)
+        sharer.finish()
+        os.fsync(refs_fd)
+        objects.sync()
+    return sharer.outcome
+
+
+def _strategy(layout: Layout, rules: Rules, objects: Objects, refs_fd: int, stage: Stage) -> Stubs | Links:
+    if rules.strategy == STUB:
+        return Stubs(objects, refs_fd, stage)
+    return Links(objects, refs_fd, stage, _names_in(layout.below), rules.never_link, rules.reflink)
+
+
+def _names_in(directories: Iterable[Path]) -> frozenset[str]:
+    found: set[str] = set()
+    for directory in directories:
+        try:
+            found.update(os.listdir(directory))
+        except FileNotFoundError:
+            continue
+    return frozenset(found)
+
+
+class _Sharer:
+    def __init__(
+        self, top_fd: int, refs_fd: int, objects: Objects, rules: Rules, strategy: Stubs | Links, hasher: Hasher
+    ) -> None:
+        self._top_fd = top_fd
+        self._refs_fd = refs_fd
+        self._objects = objects
+        self._min_bytes = rules.stub_min_bytes if rules.strategy == STUB else 1
+        self._strategy = strategy
+        self._hasher = hasher
+        self._linked: dict[int, list[bytes]] = {}
+        """Paths of inodes with several names, as far as they were met."""
+        self.outcome = Outcome()
+
+    def visit(self, name: Name) -> None:
+        try:
+            fd = os.open(name.name, _OPEN, dir_fd=name.directory_fd)
+        except OSError as error:
+            self._count(_word(error))
+            return
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                return
+            path = name.directory + name.name
+            if status.st_nlink == 1:
+                self._try(fd, status, (Place(name.directory_fd, name.name, path),))
+            else:
+                self._visit_linked(fd, status, path)
+        finally:
+            os.close(fd)
+
+    def finish(self) -> None:
+        """What has more links than names: from elsewhere, of a run of this that was killed, or an object that another
+        worker has put in the place of a file by now."""
+        objects = self._inodes_of_refs() if isinstance(self._strategy, Links) else frozenset()
+        for inode, paths in self._linked.items():
+            if inode in objects:
+                continue
+            fd = os.open(paths[0], _OPEN, dir_fd=self._top_fd)
+            try:
+                self._share_linked(fd, os.fstat(fd), paths)
+            finally:
+                os.close(fd)
+
+    def _inodes_of_refs(self) -> frozenset[int]:
+        with os.scandir(self._refs_fd) as entries:
+            return frozenset(entry.inode() for entry in entries)
+
+    def _visit_linked(self, fd: int, status: os.stat_result, path: bytes) -> None:
+        paths = self._linked.setdefault(status.st_ino, [])
+        paths.append(path)
+        if len(paths) == status.st_nlink:
+            del self._linked[status.st_ino]
+            self._share_linked(fd, status, paths)
+
+    def _share_linked(self, fd: int, status: os.stat_result, paths: list[bytes]) -> None:
+        if any(len(path) > _MAX_PATH_BYTES for path in paths):
+            self._count("hard links with long paths")
+            return
+        with ExitStack() as stack:
+            directories: dict[bytes, int] = {}
+            places = []
+            for path in paths:
+                directory, _, name = path.rpartition(b"/")
+                if directory not in directories:
+                    parent = os.open(directory or b".", OPEN_DIRECTORY, dir_fd=self._top_fd)
+                    stack.callback(os.close, parent)
+                    directories[directory] = parent
+                places.append(Place(directories[directory], name, path))
+            self._try(fd, status, tuple(places))
+
+    def _try(self, fd: int, status: os.stat_result, places: tuple[Place, ...]) -> None:
+        if status.st_size < self._min_bytes:
+            self._count("empty" if not status.st_size else "small")
+            return
+        try:
+            file = self._read(fd, status, places)
+            if file is None:
+                return
+            if status.st_nlink > len(places) + self._own_links(file):
+                raise Private("linked from outside the layer")
+            adopted = self._strategy.share(file)
+        except Private as reason:
+            self._count(str(reason))
+        except TooManyLinks:
+            self._count("too many links")
+        except OSError as error:
+            self._count(_word(error))
+        else:
+            self._count_shared(status, adopted, places, file)
+
+    def _read(self, fd: int, status: os.stat_result, places: tuple[Place, ...]) -> File | None:
+        """None for what is no content of its own. Raises Private, OSError."""
+        names = os.listxattr(fd)
+        attributes = {name: os.getxattr(fd, name) for name in names} if names else {}
+        if any(map(_is_overlays, names)):
+            return None
+        _check_closed(fd)
+        hashed = self._hasher.hash(fd, status.st_size)
+        after = os.fstat(fd)
+        if hashed.size_bytes != status.st_size or _version(after) != _version(status):
+            raise Private("changed while it was read")
+        return File(fd, status, attributes, hashed.digest, places)
+
+    def _own_links(self, file: File) -> int:
+        if file.status.st_nlink == len(file.places):
+            return 0
+        return self._objects.links_of(self._strategy.locate(file), file.fd, self._refs_fd)
+
+    def _count(self, reason: str) -> None:
+        self.outcome.private[reason] += 1
+
+    def _count_shared(self, status: os.stat_result, adopted: Adopted, places: tuple[Place, ...], file: File) -> None:
+        outcome = self.outcome
+        outcome.shared_inodes += 1
+        outcome.shared_bytes += status.st_blocks * _BLOCK_BYTES
+        outcome.new_objects += adopted.is_new
+        if isinstance(self._strategy, Links):
+            if len(places) > 1:
+                outcome.many_names[adopted.ref] = len(places)
+        elif file.attributes:
+            place = places[0]
+            made = os.stat(place.name, dir_fd=place.directory_fd, follow_symlinks=False)
+            outcome.stub_bytes += made.st_blocks * _BLOCK_BYTES
+
+
+def _check_closed(fd: int) -> None:
+    """A further check: the kernel grants a read lease on a file that nobody has open for writing (fcntl(2))."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            raise Private("open for writing") from error
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+
+
+def _is_overlays(name: str) -> bool:
+    """What overlay obeys: escaped names are the data of a nested overlay."""
+    return any(
+        name.startswith(names.prefix) and not name.startswith(names.prefix + "overlay.") for names in (TRUSTED, USER)
+    )
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _word(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, "unknown error")

@@ -1,0 +1,122 @@
+"""Strategy "stub": the tree keeps the metadata, an object the content.
+
+A stub is a sparse file of the true size with the file's own mode, owner, times, attributes and hard links. Two
+attributes make overlay read the content elsewhere: metacopy, and redirect with a path in the data-only layer of
+the mount, which is the object store (Documentation/filesystems/overlayfs.rst, "Data-only lower layers").
+The path has at most 24 bytes: with more, the attributes would leave a 256-byte inode of ext4 and take a block.
+
+An object carries its whole hash in an attribute, since its name holds only the first 80 bits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from snapshotter import failpoint
+from snapshotter.content.files import File, Private, Stage
+from snapshotter.content.objects import Adopted, Locator, Objects, Wanted
+from snapshotter.overlay.attributes import TRUSTED, by_name
+
+DIGEST = "trusted.dedup.blake3"
+_STEM_CHARS = 18
+
+
+class Stubs:
+    """Makes stubs in one layer."""
+
+    def __init__(self, objects: Objects, refs_fd: int, stage: Stage) -> None:
+        self._objects = objects
+        self._refs_fd = refs_fd
+        self._stage = stage
+
+    def locate(self, file: File) -> Locator:
+        """Where its object would be."""
+        return _locator(file.digest)
+
+    def share(self, file: File) -> Adopted:
+        """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
+        attributes = dict(file.attributes)
+        if attributes.pop(DIGEST, file.digest) != file.digest:
+            raise Private(f"has an attribute {DIGEST} of its own")
+        locator = _locator(file.digest)
+        name = self._stage.new_name()
+        # Before the object: what may want space comes first.
+        self._make(name, file, attributes, _path(locator.shard, locator.stem))
+        try:
+            adopted = self._adopt(locator, file)
+            try:
+                if adopted.instance:
+                    os.setxattr(by_name(self._stage.fd, name), TRUSTED.redirect, _path(adopted.shard, adopted.name))
+                failpoint.hit("share.before-swap")
+                if len(file.places) == 1:
+                    self._stage.move(name, file.places[0], keep_old=not adopted.is_new)
+                    return adopted
+                self._stage.put(self._stage.fd, name, file, keep_old=not adopted.is_new)
+            except BaseException:
+                self._objects.forget(adopted, self._refs_fd, len(file.places))
+                self._clean(file)
+                raise
+        except BaseException:
+            os.unlink(name, dir_fd=self._stage.fd)
+            raise
+        os.unlink(name, dir_fd=self._stage.fd)
+        return adopted
+
+    def _adopt(self, locator: Locator, file: File) -> Adopted:
+        def is_wanted(directory_fd: int, name: str) -> bool:
+            return os.getxattr(by_name(directory_fd, name.encode()), DIGEST) == file.digest
+
+        def mark(fd: int) -> None:
+            os.setxattr(fd, DIGEST, file.digest)
+
+        try:
+            return self._objects.adopt(Wanted(locator, is_wanted, mark, may_repeat=True), file.fd, self._refs_fd)
+        except BaseException:
+            self._clean(file)
+            raise
+
+    def _clean(self, file: File) -> None:
+        """Takes off the mark of an object that the file did not become."""
+        if DIGEST not in file.attributes and os.fstat(file.fd).st_nlink == len(file.places):
+            try:
+                os.removexattr(file.fd, DIGEST)
+            except OSError as error:
+                if error.errno != errno.ENODATA:
+                    raise
+
+    def _make(self, name: bytes, file: File, attributes: dict[str, bytes], path: bytes) -> None:
+        """Owner before mode and attributes, since chown takes some of both away; times last."""
+        status = file.status
+        mode = stat.S_IMODE(status.st_mode)
+        fd = os.open(
+            name,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+            mode,
+            dir_fd=self._stage.fd,
+        )
+        try:
+            os.truncate(fd, status.st_size)
+            os.setxattr(fd, TRUSTED.metacopy, b"")
+            os.setxattr(fd, TRUSTED.redirect, path)
+            if status.st_uid or status.st_gid:
+                os.fchown(fd, status.st_uid, status.st_gid)
+                os.fchmod(fd, mode)
+            for key, value in attributes.items():
+                os.setxattr(fd, key, value)
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        except BaseException:
+            os.unlink(name, dir_fd=self._stage.fd)
+            raise
+        finally:
+            os.close(fd)
+
+
+def _locator(digest: bytes) -> Locator:
+    text = digest.hex()
+    return Locator(text[:2], text[2 : 2 + _STEM_CHARS])
+
+
+def _path(shard: str, name: str) -> bytes:
+    return f"/{shard}/{name}".encode()

@@ -1,0 +1,158 @@
+"""The daemon's side of the worker processes.
+
+They are spawned, never forked: a fork of a process with threads copies locks that nobody will release.
+One works on one thing at a time, in the background of the host's scheduler. It ends when the daemon
+does, however that ends: until then it holds the descriptors in `keep_open`, among them the lock of the
+root, so that no other daemon meets one that is still at work.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import IO, Any, TypeVar
+
+from snapshotter.durable import Stopped
+from snapshotter.workers import HEAD
+
+T = TypeVar("T")
+
+
+class WorkerDied(OSError):
+    """A worker process ended in the middle of its work: killed by a person, or for want of memory."""
+
+
+class Workers:
+    """Runs functions in worker processes. Any thread may call. `close` it."""
+
+    def __init__(self, keep_open: Sequence[int] = ()) -> None:
+        """Starts as many processes as there are CPUs; others may follow, so that one call's work leaves some for
+        others."""
+        self.cpus = len(os.sched_getaffinity(0))
+        self._keep_open = tuple(keep_open)
+        self._limit = 2 * self.cpus
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._idle = [_Worker(self._keep_open) for _ in range(self.cpus)]
+        self._busy: set[_Worker] = set()
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What the function returns; what it raises is raised here. It and its arguments must pickle.
+
+        Blocks. Raises WorkerDied, and Stopped when `stop` was called.
+        """
+        return self.share_out(lambda _number, _count: (function, arguments), at_most=1)[0]
+
+    def share_out(
+        self, task: Callable[[int, int], tuple[Callable[..., T], tuple[Any, ...]]], at_most: int | None = None
+    ) -> list[T]:
+        """Runs one piece of work in each of as many processes as are free, at most as many as there are CPUs.
+
+        `task(number, count)` is the function of piece `number` of `count`, and its arguments. When pieces fail, the
+        others still end; then the first failure is raised, as `call` does.
+        """
+        workers = self._take(at_most or self.cpus)
+        failures: list[Exception] = []
+        results: list[T] = []
+        for number, worker in enumerate(workers):
+            worker.send(task(number, len(workers)))
+        for worker in workers:
+            try:
+                results.append(worker.receive())
+            except Exception as error:
+                failures.append(error)
+            self._give_back(worker)
+        if failures:
+            if self._stopping:
+                raise Stopped("the daemon is stopping")
+            raise failures[0]
+        return results
+
+    def stop(self) -> None:
+        """Kills the processes: what they do can be killed at any point. Who waits for one gets Stopped."""
+        with self._wake:
+            self._stopping = True
+            for worker in (*self._busy, *self._idle):
+                worker.kill()
+            self._wake.notify_all()
+
+    def close(self) -> None:
+        self.stop()
+        with self._wake:
+            for worker in self._idle:
+                worker.end()
+            self._idle.clear()
+
+    def _take(self, at_most: int) -> list[_Worker]:
+        """At least one."""
+        with self._wake:
+            while not self._stopping and not self._idle and len(self._busy) >= self._limit:
+                self._wake.wait()
+            if self._stopping:
+                raise Stopped("the daemon is stopping")
+            if not self._idle:
+                self._idle.append(_Worker(self._keep_open))
+            taken = [self._idle.pop() for _ in range(min(at_most, len(self._idle)))]
+            self._busy.update(taken)
+            return taken
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._wake:
+            self._busy.discard(worker)
+            if worker.is_alive() and not self._stopping:
+                self._idle.append(worker)
+            else:
+                worker.end()
+            self._wake.notify()
+
+
+class _Worker:
+    """One process and the socket to it."""
+
+    def __init__(self, keep_open: Sequence[int]) -> None:
+        ours, its = socket.socketpair()
+        with its:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "snapshotter.workers.child"],
+                stdin=its.fileno(),
+                stdout=subprocess.DEVNULL,
+                pass_fds=keep_open,
+            )
+        self._socket = ours
+        self._stream: IO[bytes] = ours.makefile("rb")
+
+    def send(self, task: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+        raw = pickle.dumps(task)
+        try:
+            self._socket.sendall(HEAD.pack(len(raw)) + raw)
+        except OSError:
+            return  # it is dead, as `receive` will find out
+
+    def receive(self) -> Any:
+        try:
+            (length,) = HEAD.unpack(self._stream.read(HEAD.size))
+            done, value = pickle.loads(self._stream.read(length))
+        except (OSError, struct.error, EOFError, pickle.UnpicklingError) as error:
+            self._process.kill()
+            raise WorkerDied(f"a worker process ended with status {self._process.wait()}") from error
+        if not done:
+            raise value
+        return value
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stream.close()
+        self._socket.close()
