@@ -414,7 +414,7 @@ class Engine:
         self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome))
         failpoint.hit("seal.after-transaction")
         # Left behind by a kill here: the sweep takes them.
-        self._attempt(lambda: self._sealer.tidy(snapshot_id))
+        self._attempt(lambda: self._sealer.tidy(snapshot_id, Kind.COMMITTED))
 
     def _seal_all(self, snapshot_ids: Sequence[SnapshotId]) -> None:
         """What an earlier run left half done; who needs one of them meanwhile waits for it."""
@@ -447,25 +447,25 @@ class Engine:
     # -- housekeeping ---------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """Retires directories without a snapshot, and discards work directories of committed ones."""
+        """Retires directories without a snapshot, and discards what others do not need any more."""
         names = os.listdir(self._root.snapshots)
         # In this order: what was being changed at the listing is claimed or in flight now, or its
         # transaction, which the one below sees, is over.
         spared = self._ids.in_flight() | self._claims.all()
-        unknown, committed = [], []
+        unknown, known = [], {}
         with self._store.read() as tx:
             for snapshot_id in (SnapshotId(int(name)) for name in names if name.isdecimal()):
                 if snapshot_id in spared:
                     continue
                 if not snapshots.knows_id(tx, snapshot_id):
                     unknown.append(snapshot_id)
-                elif (record := snapshots.by_id(tx, snapshot_id)).kind is Kind.COMMITTED and not record.sealing:
-                    committed.append(snapshot_id)
+                elif not (record := snapshots.by_id(tx, snapshot_id)).sealing:
+                    known[snapshot_id] = record.kind
         for snapshot_id in unknown:
             log.info("sweep.unknown_directory", id=snapshot_id)
             self._attempt(lambda unknown_id=snapshot_id: self._sealer.retire(unknown_id))  # type: ignore[misc]
-        for snapshot_id in committed:
-            self._attempt(lambda committed_id=snapshot_id: self._sealer.tidy(committed_id))  # type: ignore[misc]
+        for snapshot_id, kind in known.items():
+            self._attempt(lambda known_id=snapshot_id, kind=kind: self._sealer.tidy(known_id, kind))  # type: ignore[misc]
         self._attempt(self._sealer.sweep_busy)
 
     @staticmethod

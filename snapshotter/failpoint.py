@@ -42,6 +42,7 @@ NAMES = frozenset({
     "share.made-object",
     "share.before-swap",
     "share.staged",
+    "share.half-swapped",
     "share.swapped",
     "seal.shared",
     "seal.settled",

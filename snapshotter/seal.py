@@ -34,7 +34,7 @@ from snapshotter.gc import Trash
 from snapshotter.ids import Ids
 from snapshotter.meta.schema import Facts, Record
 from snapshotter.meta.snapshots import Layer, Sealed
-from snapshotter.model import SnapshotId, Usage
+from snapshotter.model import Kind, SnapshotId, Usage
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay import index
@@ -128,14 +128,15 @@ class Sealer:
             usage = record.usage if was_interrupted else stripped
             self._drop_index(snapshot_id)
         failpoint.hit("seal.stripped")
-        if planned is None or planned.strategy == OFF:
+        if planned is None:
             return Sealed(usage, record.features, None)
         outcome = self._share(record, below, planned, was_interrupted)
         return _sealed(planned, usage, outcome)
 
-    def tidy(self, snapshot_id: SnapshotId) -> None:
-        """Discards what sealing needed, once it is over. Raises OSError."""
-        self._trash.discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
+    def tidy(self, snapshot_id: SnapshotId, kind: Kind) -> None:
+        """Discards what sealing needed, once it is over or was not begun. Raises OSError."""
+        if kind is Kind.COMMITTED:
+            self._trash.discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
         self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
 
     def retire(self, snapshot_id: SnapshotId) -> None:
@@ -181,11 +182,16 @@ class Sealer:
         if found.largest_bytes < least_bytes:
             strategy = OFF
         strip = target.materialized or found.has_dead_attributes
-        sealing = strip or strategy != OFF
         directory = self._root.seal(target.id)
         self._trash.discard(directory, f"{target.id}.seal")  # of a commit that failed
-        if sealing:
-            plan.Plan(strategy, strip, found.needs, found.apparent_bytes, found.mtimes_ns).write(directory)
+        if strategy != OFF:
+            try:
+                plan.Plan(strategy, strip, found.needs, found.apparent_bytes, found.mtimes_ns).write(directory)
+            except OSError as error:
+                log.warning("commit.not_shared", snapshot_key=target.key, id=target.id, reason=str(error))
+                self._trash.discard(directory, f"{target.id}.seal")
+                strategy = OFF
+        sealing = strip or strategy != OFF
         needs = found.needs | OF_STUBS if strategy == STUB else found.needs
         return Layer(target.id, found.usage, needs, sealing)
 
@@ -204,18 +210,20 @@ class Sealer:
         rules = replace(self._rules, strategy=planned.strategy)
         outcome = Outcome()
         for _ in range(_SHARINGS):
-            if layout.refs.exists():
-                self._clear_stages(layout)
-            layout.refs.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(layout.refs.parent)
-            failpoint.hit("seal.sharing")
             try:
+                if layout.refs.exists():
+                    self._clear_stages(layout)
+                layout.refs.mkdir(mode=0o700, exist_ok=True)
+                sync_directory(layout.refs.parent)
+                failpoint.hit("seal.sharing")
                 for part in self._workers.share_out(lambda number, count: (share, (layout, rules, number, count))):
                     outcome.add(part)
                 break
             except OSError as error:
                 log.error("commit.sharing_failed", name=record.name, id=snapshot_id, reason=str(error))
                 was_interrupted, outcome = True, Outcome()
+        else:
+            self._clear_stages(layout)
         with suppress(OSError):  # ENOTEMPTY, nearly always
             layout.refs.rmdir()
         failpoint.hit("seal.shared")

@@ -17,6 +17,10 @@ _SWAPPING = b"swapping-"
 """And the number of the old inode: in a stage, a link of the new one while their names are exchanged."""
 
 
+class HalfSwapped(OSError):
+    """Some names of a file are the replacement's now and others not: `finish_swaps` has to go on."""
+
+
 class Private(Exception):
     """The file cannot be shared, and why: a few words that the administrator sees counted."""
 
@@ -65,10 +69,10 @@ class Stage:
         """Makes every name of the file one of the inode at `source`, or none of them if that fails.
 
         All that may want space or links happens before the first name changes. `keep_old` moves the old inode's
-        names here, since freeing its blocks takes a while. Where a kill comes between, `finish_swaps` goes on.
-        Raises OSError.
+        names here, since freeing its blocks takes a while. Raises OSError; HalfSwapped where that cannot be undone.
         """
         staged: list[bytes] = []
+        swapped = 0
         try:
             names = [self.new_name() for _ in file.places]
             if len(names) > 1:
@@ -78,11 +82,17 @@ class Stage:
                 staged.append(name)
             failpoint.hit("share.staged")
             for name, place in zip(names, file.places, strict=False):
+                if swapped:
+                    failpoint.hit("share.half-swapped")
                 self.move(name, place, keep_old)
                 staged.remove(name)
-        finally:
-            for name in staged:
-                os.unlink(name, dir_fd=self.fd)
+                swapped += 1
+        except BaseException as error:
+            if swapped:
+                raise HalfSwapped(str(error)) from error
+            self._unlink(staged)
+            raise
+        self._unlink(staged)
 
     def move(self, name: bytes, place: Place, keep_old: bool) -> None:
         """Makes what is here as `name` the inode at one place. Raises OSError."""
@@ -90,7 +100,10 @@ class Stage:
             linux.renameat2(self.fd, name, place.directory_fd, place.name, linux.RENAME_EXCHANGE)
         else:
             os.rename(name, place.name, src_dir_fd=self.fd, dst_dir_fd=place.directory_fd)
-        failpoint.hit("share.swapped")
+
+    def _unlink(self, names: list[bytes]) -> None:
+        for name in names:
+            os.unlink(name, dir_fd=self.fd)
 
 
 def finish_swaps(tree: Path, stages: list[Path]) -> None:

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from blake3 import blake3
 
 from snapshotter import failpoint, linux
-from snapshotter.content.files import File, Private, Stage
+from snapshotter.content.files import File, HalfSwapped, Private, Stage
 from snapshotter.content.objects import Adopted, Locator, Objects, Wanted
 
 _IDENTITY = struct.Struct("<IIIqQ")
@@ -66,6 +66,8 @@ class Links:
                 failpoint.hit("share.before-swap")
                 self._stage.put(self._refs_fd, adopted.ref, file, keep_old=True)
                 return adopted
+            except HalfSwapped:
+                raise  # there are names of the object
             except OSError as error:
                 self._objects.forget(adopted, self._refs_fd, len(file.places))
                 if error.errno != errno.EMLINK:

@@ -16,7 +16,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from snapshotter.content.files import File, Place, Private, Stage
+from snapshotter import failpoint
+from snapshotter.content.files import File, HalfSwapped, Place, Private, Stage
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import Links
 from snapshotter.content.objects import Adopted, Objects, TooManyLinks
@@ -30,6 +31,12 @@ OFF = "off"
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
 _BLOCK_BYTES = 512
+_WORDS = {
+    errno.EPERM: "immutable or append-only",
+    errno.ENOSPC: "no space",
+    errno.EDQUOT: "no space",
+    errno.EMLINK: "too many links",
+}
 _MAX_PATH_BYTES = 3800
 """Of names of hard links, which are opened again by path: PATH_MAX less some."""
 
@@ -81,7 +88,7 @@ class Outcome:
 
 
 def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
-    """Shares the files of part `number` of `count`. Raises OSError when the tree cannot be read."""
+    """Shares the files of part `number` of `count`. Raises OSError when the tree cannot be read, or HalfSwapped."""
     with ExitStack() as stack:
         top_fd = os.open(layout.tree, OPEN_DIRECTORY)
         stack.callback(os.close, top_fd)
@@ -201,6 +208,8 @@ class _Sharer:
             if status.st_nlink > len(places) + self._own_links(file):
                 raise Private("linked from outside the layer")
             adopted = self._strategy.share(file)
+        except HalfSwapped:
+            raise
         except Private as reason:
             self._count(str(reason))
         except TooManyLinks:
@@ -209,6 +218,7 @@ class _Sharer:
             self._count(_word(error))
         else:
             self._count_shared(status, adopted, places, file)
+            failpoint.hit("share.swapped")
 
     def _read(self, fd: int, status: os.stat_result, places: tuple[Place, ...]) -> File | None:
         """None for what is no content of its own. Raises Private, OSError."""
@@ -268,4 +278,4 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _word(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, "unknown error")
+    return _WORDS.get(error.errno or 0) or errno.errorcode.get(error.errno or 0, "unknown error")

@@ -15,7 +15,7 @@ import os
 import stat
 
 from snapshotter import failpoint
-from snapshotter.content.files import File, Private, Stage
+from snapshotter.content.files import File, HalfSwapped, Private, Stage
 from snapshotter.content.objects import Adopted, Locator, Objects, Wanted
 from snapshotter.overlay.attributes import TRUSTED, by_name
 
@@ -54,10 +54,14 @@ class Stubs:
                     self._stage.move(name, file.places[0], keep_old=not adopted.is_new)
                     return adopted
                 self._stage.put(self._stage.fd, name, file, keep_old=not adopted.is_new)
+            except HalfSwapped:
+                raise  # there are stubs that need the object
             except BaseException:
                 self._objects.forget(adopted, self._refs_fd, len(file.places))
                 self._clean(file)
                 raise
+        except HalfSwapped:
+            raise
         except BaseException:
             os.unlink(name, dir_fd=self._stage.fd)
             raise
