@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.rig.containerd import SNAPSHOTTER, Rig, directory_for_overlay
@@ -28,6 +29,7 @@ from tests.rig.tree import Tree, differences, expected, seen_by
 PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc", "unshare", "nsenter", "dpkg-deb")
 NAME = "demo"
 REFERENCE = "example.test/demo:latest"
+SECOND = "example.test/demo:rebuilt"
 
 
 def main() -> int:
@@ -76,7 +78,8 @@ def run() -> None:
             note.append(f"in {rig.base}")
         image = make_and_import(rig)
         use(rig, image)
-        remove(rig, image)
+        second = import_second(rig)
+        remove(rig, [image, second])
         with step("Stop containerd and the daemon, remove their files, look for anything left"):
             stack.close()
 
@@ -89,6 +92,39 @@ def make_and_import(rig: Rig) -> Image:
     with step(f"ctr image import --snapshotter {SNAPSHOTTER} image.tar"):
         rig.ctr("image", "import", "--snapshotter", SNAPSHOTTER, image.archive)
     return image
+
+
+def import_second(rig: Rig) -> Image:
+    """The same packages built again, with other times: what that takes, by du, and what it takes unpacked."""
+    with step("Build the image again, with other times on all files") as note:
+        second = build_image(Recipe(SECOND, shift_ns=5_000_000_000), rig.base / "second.tar")
+        note.append("not one layer is the same")
+    before, known = _disk_usage(rig), set(_sizes(rig))
+    with step(f"ctr image import --snapshotter {SNAPSHOTTER} second.tar") as lines:
+        rig.ctr("image", "import", "--snapshotter", SNAPSHOTTER, second.archive)
+        more = _disk_usage(rig) - before
+        alone = sum(size for name, size in _sizes(rig).items() if name not in known)
+        lines.append(f"du: the first image takes {_megabytes(before)}, the second {more / 1e6:.1f} MB more")
+        lines.append(
+            f"unpacked without sharing it would have taken {_megabytes(alone)}: {_megabytes(alone - more)} saved"
+        )
+        if more > alone / 2:
+            raise RigError("the second image shares too little with the first")
+    with step("snapctl df --now  (digests cut short here)") as lines:
+        store, _, snapshots = rig.snapctl("df", "--now").stdout.decode().partition("\n\n")
+        lines += [*store.splitlines(), "", *shortened(snapshots.splitlines())]
+    return second
+
+
+def _sizes(rig: Rig) -> dict[str, int]:
+    """What each snapshot's own files take, shared or not, in bytes."""
+    return {each["name"]: each["size_bytes"] for each in json.loads(rig.snapctl("usage", "--json").stdout)}
+
+
+def _disk_usage(rig: Rig) -> int:
+    """What the daemon's root takes, in bytes, each inode once, when all that was to be deleted is."""
+    rig.snapctl("cleanup")
+    return int(subprocess.run(["du", "-s", "-B1", rig.daemon_root], capture_output=True, check=True).stdout.split()[0])
 
 
 def use(rig: Rig, image: Image) -> None:
@@ -105,13 +141,15 @@ def use(rig: Rig, image: Image) -> None:
             lines += shortened(rig.snapctl(command).stdout.decode().splitlines())
 
 
-def remove(rig: Rig, image: Image) -> None:
-    """Container and image, as a user would, and the garbage collection that follows."""
-    with step("Remove the container and the image; containerd collects the garbage") as note:
+def remove(rig: Rig, images: Sequence[Image]) -> None:
+    """Container and images, as a user would, and the garbage collection that follows."""
+    with step("Remove the container and the images; containerd collects the garbage") as note:
         rig.ctr("task", "delete", "--force", NAME)
         rig.ctr("container", "delete", NAME)
-        rig.ctr("image", "remove", "--sync", image.reference)
+        rig.ctr("image", "remove", "--sync", *(image.reference for image in images))
+        rig.snapctl("gc")
         left = [path.name for path in (rig.daemon_root / "snapshots").iterdir()]
+        left += [path.name for path in (rig.daemon_root / "objects").glob("*/*")]
         if left:
             raise RigError(f"snapshots were left in the daemon's root: {', '.join(left)}")
         note.append("the daemon's store is empty")

@@ -96,6 +96,9 @@ class Workers:
                 self._wake.wait()
             if self._stopping:
                 raise Stopped("the daemon is stopping")
+            for worker in [worker for worker in self._idle if not worker.is_alive()]:
+                self._idle.remove(worker)
+                worker.end()
             if not self._idle:
                 self._idle.append(_Worker(self._keep_open))
             taken = [self._idle.pop() for _ in range(min(at_most, len(self._idle)))]
