@@ -102,10 +102,11 @@ class Sealer:
                 return
         elif not self._in_use(self._root.fs(target.id)):
             # Only of what containerd unpacks we know that nobody goes on writing after Commit.
-            if target.is_extraction and self._trial is not None:
-                yield self._in_place(target, self._rules.strategy, self._names.of_an_unpacked_layer())
-            else:
-                yield self._in_place(target, OFF, self._names)
+            can_share = target.is_extraction and self._trial is not None
+            # The client's overlay had metacopy and redirect_dir only if the chain needs them.
+            unpacked = target.is_extraction or not target.chain.features
+            names = self._names.of_an_unpacked_layer() if unpacked else self._names
+            yield self._in_place(target, self._rules.strategy if can_share else OFF, names)
             return
         with self._copy(target) as copied:
             yield copied
@@ -177,6 +178,8 @@ class Sealer:
         )
 
     def _in_place(self, target: Target, strategy: str, names: Names) -> Layer:
+        if not target.chain.ids:
+            names = names.of_the_lowest_layer()  # if Commit gives it no parent, which `seal` will know
         found = self._workers.call(layer.finish, self._root.fs(target.id), names)
         least_bytes = self._rules.stub_min_bytes if strategy == STUB else 1
         if found.largest_bytes < least_bytes:
@@ -205,7 +208,12 @@ class Sealer:
         snapshot_id, tree = record.id, self._root.fs(record.id)
         stages = self._root.seal(snapshot_id)
         layout = Layout(
-            tree, self._root.refs(snapshot_id), stages, self._root.objects, tuple(map(self._root.refs, below))
+            tree,
+            self._root.refs(snapshot_id),
+            stages,
+            self._root.objects,
+            tuple(map(self._root.directory, below)),
+            was_interrupted,
         )
         rules = replace(self._rules, strategy=planned.strategy)
         outcome = Outcome()
@@ -216,7 +224,8 @@ class Sealer:
                 layout.refs.mkdir(mode=0o700, exist_ok=True)
                 sync_directory(layout.refs.parent)
                 failpoint.hit("seal.sharing")
-                for part in self._workers.share_out(lambda number, count: (share, (layout, rules, number, count))):
+                current = replace(layout, is_resumed=was_interrupted)
+                for part in self._workers.share_out(share, current, rules):
                     outcome.add(part)
                 break
             except OSError as error:

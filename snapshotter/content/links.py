@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import struct
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -114,8 +115,8 @@ def _locator(file: File) -> Locator:
         for part in (key.encode(errors="surrogateescape"), value):
             hashed.update(_TEXT.pack(len(part)))
             hashed.update(part)
-    text = hashed.hexdigest()
-    return Locator(text[:2], text[2:])
+    whole = hashed.digest()
+    return Locator(f"{whole[0]:02x}", urlsafe_b64encode(whole[1:]).decode().rstrip("="))
 
 
 def _has_metadata_of(file: File) -> Callable[[int, str], bool]:

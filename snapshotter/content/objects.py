@@ -22,8 +22,8 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotter import failpoint
@@ -129,7 +129,7 @@ class Objects:
                 except FileNotFoundError:
                     wanted.prepare(file_fd)
                     self._make(shard_fd, found, file_fd, refs_fd)
-                    return replace(found, is_new=True, made_ref=True)
+                    return Adopted(found.shard, found.name, number, is_new=True, made_ref=True)
                 except OSError as error:
                     if error.errno != errno.EMLINK:
                         raise
@@ -164,14 +164,17 @@ class Objects:
             return found if _is_same(os.fstat(file_fd), shard_fd, found.name) else None
         failpoint.hit("share.referred")
         if wanted.verify(refs_fd, found.ref):
-            return replace(found, made_ref=True)
+            return Adopted(found.shard, found.name, found.instance, made_ref=True)
         os.unlink(found.ref, dir_fd=refs_fd)
         return None
 
     def _make(self, shard_fd: int, made: Adopted, file_fd: int, refs_fd: int) -> None:
-        with suppress(FileNotFoundError):  # a kill may have left one before the object had a name
+        source = f"/proc/self/fd/{file_fd}"
+        try:
+            os.link(source, made.ref, dst_dir_fd=refs_fd)
+        except FileExistsError:  # a kill left it, before the object had a name
             os.unlink(made.ref, dir_fd=refs_fd)
-        os.link(f"/proc/self/fd/{file_fd}", made.ref, dst_dir_fd=refs_fd)
+            os.link(source, made.ref, dst_dir_fd=refs_fd)
         failpoint.hit("share.linked")
         try:
             os.link(made.ref, made.name, src_dir_fd=refs_fd, dst_dir_fd=shard_fd)

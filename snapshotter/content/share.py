@@ -60,7 +60,9 @@ class Layout:
     stages: Path
     objects: Path
     below: tuple[Path, ...]
-    """refs/ of the layers below it."""
+    """Directories of the layers below it, each with its fs/ and refs/."""
+    is_resumed: bool
+    """Whether part of the tree may have been shared, by a run that was killed."""
 
 
 @dataclass(slots=True)
@@ -111,8 +113,10 @@ def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
 
 def _strategy(layout: Layout, rules: Rules, objects: Objects, refs_fd: int, stage: Stage) -> Stubs | Links:
     if rules.strategy == STUB:
-        return Stubs(objects, refs_fd, stage)
-    return Links(objects, refs_fd, stage, _names_in(layout.below), rules.never_link, rules.reflink)
+        tops = _names_in(directory / "fs" for directory in layout.below)
+        return Stubs(objects, refs_fd, stage, tops, layout.is_resumed)
+    used = _names_in(directory / "refs" for directory in layout.below)
+    return Links(objects, refs_fd, stage, used, rules.never_link, rules.reflink)
 
 
 def _names_in(directories: Iterable[Path]) -> frozenset[str]:

@@ -5,6 +5,9 @@ attributes make overlay read the content elsewhere: metacopy, and redirect with 
 the mount, which is the object store (Documentation/filesystems/overlayfs.rst, "Data-only lower layers").
 The path has at most 24 bytes: with more, the attributes would leave a 256-byte inode of ext4 and take a block.
 
+The kernel follows that path through the layers below the stub's own first, and gives up (EIO) on a directory that it
+meets in one. So a file whose object is in /xx is left alone where a layer below has an /xx of its own.
+
 An object carries its whole hash in an attribute, since its name holds only the first 80 bits.
 """
 
@@ -26,10 +29,16 @@ _STEM_CHARS = 18
 class Stubs:
     """Makes stubs in one layer."""
 
-    def __init__(self, objects: Objects, refs_fd: int, stage: Stage) -> None:
+    def __init__(
+        self, objects: Objects, refs_fd: int, stage: Stage, tops_below: frozenset[str], is_resumed: bool
+    ) -> None:
+        """`tops_below`: what the root directories of the layers below hold. `is_resumed`: a run that was killed may
+        have left its mark on files."""
         self._objects = objects
         self._refs_fd = refs_fd
         self._stage = stage
+        self._tops_below = tops_below
+        self._is_resumed = is_resumed
 
     def locate(self, file: File) -> Locator:
         """Where its object would be."""
@@ -38,9 +47,11 @@ class Stubs:
     def share(self, file: File) -> Adopted:
         """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
         attributes = dict(file.attributes)
-        if attributes.pop(DIGEST, file.digest) != file.digest:
+        if DIGEST in attributes and not (self._is_resumed and attributes.pop(DIGEST) == file.digest):
             raise Private(f"has an attribute {DIGEST} of its own")
         locator = _locator(file.digest)
+        if locator.shard in self._tops_below:
+            raise Private("a lower layer has the name of its object's directory")
         name = self._stage.new_name()
         # Before the object: what may want space comes first.
         self._make(name, file, attributes, _path(locator.shard, locator.stem))
@@ -102,13 +113,14 @@ class Stubs:
         )
         try:
             os.truncate(fd, status.st_size)
-            os.setxattr(fd, TRUSTED.metacopy, b"")
-            os.setxattr(fd, TRUSTED.redirect, path)
             if status.st_uid or status.st_gid:
                 os.fchown(fd, status.st_uid, status.st_gid)
                 os.fchmod(fd, mode)
             for key, value in attributes.items():
                 os.setxattr(fd, key, value)
+            # Behind the file's own, whose order shows where they do not fit into the inode.
+            os.setxattr(fd, TRUSTED.metacopy, b"")
+            os.setxattr(fd, TRUSTED.redirect, path)
             os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         except BaseException:
             os.unlink(name, dir_fd=self._stage.fd)

@@ -33,4 +33,4 @@ class Target:
         Told by the last component of the key (containerd's UnpackKeyFormat, "extract-<unique> <chain id>",
         behind its namespace and a number), never by labels: the author of a pod can set those.
         """
-        return self.key.rsplit("/", 1)[-1].startswith("extract-")
+        return self.writable and self.key.rsplit("/", 1)[-1].startswith("extract-")

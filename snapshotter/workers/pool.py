@@ -47,17 +47,18 @@ class Workers:
 
         Blocks. Raises WorkerDied, and Stopped when `stop` was called.
         """
-        return self.share_out(lambda _number, _count: (function, arguments), at_most=1)[0]
+        return self._run(1, lambda _number, _count: (function, arguments))[0]
 
-    def share_out(
-        self, task: Callable[[int, int], tuple[Callable[..., T], tuple[Any, ...]]], at_most: int | None = None
-    ) -> list[T]:
-        """Runs one piece of work in each of as many processes as are free, at most as many as there are CPUs.
+    def share_out(self, function: Callable[..., T], *arguments: Any) -> list[T]:
+        """Calls the function in as many processes as are free, at most as many as there are CPUs, with two more
+        arguments: the number of the process from 0 on, and their count.
 
-        `task(number, count)` is the function of piece `number` of `count`, and its arguments. When pieces fail, the
-        others still end; then the first failure is raised, as `call` does.
+        When one fails, the others still end; then the first failure is raised, as `call` does.
         """
-        workers = self._take(at_most or self.cpus)
+        return self._run(self.cpus, lambda number, count: (function, (*arguments, number, count)))
+
+    def _run(self, at_most: int, task: Callable[[int, int], tuple[Callable[..., T], tuple[Any, ...]]]) -> list[T]:
+        workers = self._take(at_most)
         failures: list[Exception] = []
         results: list[T] = []
         for number, worker in enumerate(workers):
