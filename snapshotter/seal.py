@@ -25,7 +25,7 @@ from pathlib import Path
 
 import structlog
 
-from snapshotter import clone, failpoint, layer, linux, mountinfo
+from snapshotter import clone, failpoint, layer, linux
 from snapshotter.content import files, plan
 from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, share
 from snapshotter.durable import remove_tree, sync_directory
@@ -79,7 +79,7 @@ class Sealer:
         self._trial = trial
         self._rules = rules
         self._workers = workers
-        self._filesystem = mountinfo.filesystem_of(root.path)
+        self._in_order = plan.keeps_order(root.path)
         self._stopping = stopping
 
     @contextmanager
@@ -236,7 +236,7 @@ class Sealer:
         with suppress(OSError):  # ENOTEMPTY, nearly always
             layout.refs.rmdir()
         failpoint.hit("seal.shared")
-        self._workers.call(plan.settle, tree, planned.mtimes_ns, was_interrupted, self._filesystem)
+        self._workers.call(plan.settle, tree, planned.mtimes_ns, was_interrupted, self._in_order)
         failpoint.hit("seal.settled")
         log.info(
             "commit.shared",

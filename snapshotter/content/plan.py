@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from snapshotter import linux
+from snapshotter import linux, mountinfo
 from snapshotter.durable import sync_directory
 from snapshotter.overlay.features import Feature
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
@@ -58,12 +58,25 @@ def read_plan(directory: Path) -> Plan | None:
     return Plan(found["strategy"], found["strip"], Feature(found["needs"]), found["apparent_bytes"], mtimes_ns)
 
 
-def settle(tree: Path, mtimes_ns: Mapping[int, int], was_interrupted: bool, filesystem: str) -> None:
+def keeps_order(directory: Path) -> bool:
+    """Whether the filesystem makes changes of names and inodes durable in the order in which they were made: those that
+    write them to a journal do."""
+    filesystem = mountinfo.filesystem_of(directory)
+    if filesystem != "ext4":
+        return filesystem == "xfs"
+    status = os.stat(directory)
+    device = Path(f"/sys/dev/block/{os.major(status.st_dev)}:{os.minor(status.st_dev)}").resolve().name
+    try:
+        return Path("/sys/fs/ext4", device, "journal_task").read_text().strip() != "<none>"
+    except OSError:
+        return False
+
+
+def settle(tree: Path, mtimes_ns: Mapping[int, int], was_interrupted: bool, in_order: bool) -> None:
     """Puts the directories' times back and makes durable what sharing changed. Raises OSError.
 
-    ext4 and XFS write changes of names and inodes to their journals in the order in which they were made, so
-    syncing a directory whose names changed last makes durable all that was made for it, stubs too. Others are
-    synced as a whole. After an interruption every directory may have changed.
+    `in_order`: syncing a directory whose names changed last makes durable all that was made for it, stubs too
+    (`keeps_order`). Else the filesystem is synced as a whole. After an interruption every directory may have changed.
     """
     top_fd = os.open(tree, OPEN_DIRECTORY)
     try:
@@ -75,13 +88,10 @@ def settle(tree: Path, mtimes_ns: Mapping[int, int], was_interrupted: bool, file
                     _settle_one(fd, mtimes_ns, was_interrupted)
                 finally:
                     os.close(fd)
-        if filesystem not in _ORDERED:
+        if not in_order:
             linux.syncfs(top_fd)
     finally:
         os.close(top_fd)
-
-
-_ORDERED = ("ext4", "xfs")
 
 
 def _settle_one(fd: int, mtimes_ns: Mapping[int, int], was_interrupted: bool) -> None:

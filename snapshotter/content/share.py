@@ -31,6 +31,8 @@ OFF = "off"
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
 _BLOCK_BYTES = 512
+_HUGE_BYTES = 1 << 30
+_MOSTLY = 8
 _WORDS = {
     errno.EPERM: "immutable or append-only",
     errno.ENOSPC: "no space",
@@ -204,6 +206,9 @@ class _Sharer:
     def _try(self, fd: int, status: os.stat_result, places: tuple[Place, ...]) -> None:
         if status.st_size < self._min_bytes:
             self._count("empty" if not status.st_size else "small")
+            return
+        if status.st_size > _HUGE_BYTES and status.st_blocks * _BLOCK_BYTES < status.st_size // _MOSTLY:
+            self._count("nearly all holes")  # which would take for ever to read, and take no space
             return
         try:
             file = self._read(fd, status, places)
