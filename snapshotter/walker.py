@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_OPEN = 64
@@ -33,8 +34,7 @@ class Entry:
         return stat.S_ISREG(self.status.st_mode)
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
+class Name(NamedTuple):
     """One name, as the directory has it (readdir(3)). `directory_fd` is valid until the next one is asked for."""
 
     directory_fd: int

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from snapshotter import failpoint, linux
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
@@ -25,8 +25,7 @@ class Private(Exception):
     """The file cannot be shared, and why: a few words that the administrator sees counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """One name of the file."""
 
     directory_fd: int
@@ -35,8 +34,7 @@ class Place:
     """Below the top of the tree."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """An open file, read to its end."""
 
     fd: int

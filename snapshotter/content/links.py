@@ -14,7 +14,6 @@ import stat
 import struct
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from blake3 import blake3
@@ -44,7 +43,7 @@ class Links:
         self._refs_fd = refs_fd
         self._stage = stage
         self._used = used
-        self._never = tuple(never)
+        self._never = [glob.strip("/").split("/") for glob in never]
         self._reflink = reflink
 
     def locate(self, file: File) -> Locator:
@@ -53,14 +52,13 @@ class Links:
 
     def share(self, file: File) -> Adopted:
         """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
-        for place in file.places:
-            if self._is_never_shared(place.path):
-                raise Private("listed in never_link")
+        if self._never and any(self._is_never_shared(place.path) for place in file.places):
+            raise Private("listed in never_link")
         wanted = Wanted(_locator(file), _has_metadata_of(file), lambda _fd: None, may_repeat=False, spared=self._used)
         while True:
             adopted = self._objects.adopt(wanted, file.fd, self._refs_fd)
-            if adopted.is_new or self._is_object(file, adopted):
-                if adopted.is_new and adopted.instance and self._reflink:
+            if adopted.is_new:
+                if adopted.instance and self._reflink:
                     self._share_extents(file, adopted)
                 return adopted
             try:
@@ -73,14 +71,11 @@ class Links:
                 self._objects.forget(adopted, self._refs_fd, len(file.places))
                 if error.errno != errno.EMLINK:
                     raise
-                wanted = replace(wanted, spared=wanted.spared | {adopted.ref})
+                wanted = wanted._replace(spared=wanted.spared | {adopted.ref})
 
     def _is_never_shared(self, path: bytes) -> bool:
         parts = os.fsdecode(path).split("/")
-        return any(_matches(parts, glob.strip("/").split("/")) for glob in self._never)
-
-    def _is_object(self, file: File, adopted: Adopted) -> bool:
-        return os.path.samestat(file.status, os.stat(adopted.ref, dir_fd=self._refs_fd, follow_symlinks=False))
+        return any(_matches(parts, glob) for glob in self._never)
 
     def _share_extents(self, file: File, adopted: Adopted) -> None:
         """With the first instance, if it is there; nothing is lost where the kernel will not."""

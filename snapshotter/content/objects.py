@@ -23,8 +23,8 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from snapshotter import failpoint
 from snapshotter.model import NO_EXTENT, Extent
@@ -33,14 +33,14 @@ from snapshotter.walker import OPEN_DIRECTORY
 
 _BLOCK_BYTES = 512
 _MAX_INSTANCES = 256
+_INSTANCES_AFTER_A_KILL = 8
 
 
 class TooManyLinks(Exception):
     """No instance of the object takes another link."""
 
 
-@dataclass(frozen=True, slots=True)
-class Locator:
+class Locator(NamedTuple):
     """Where the first instance of an object is."""
 
     shard: str
@@ -50,15 +50,14 @@ class Locator:
         return f"{self.stem}.{number:x}" if number else self.stem
 
 
-@dataclass(frozen=True, slots=True)
-class Adopted:
+class Adopted(NamedTuple):
     """An object that the layer now refers to."""
 
     shard: str
     name: str
     instance: int
     is_new: bool = False
-    """The file itself became the object."""
+    """The file itself became the object, now or in a run that was killed."""
     made_ref: bool = False
     """The layer did not refer to it before."""
 
@@ -67,8 +66,7 @@ class Adopted:
         return self.shard + self.name
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """Which object a file could be replaced by."""
 
     locator: Locator
@@ -151,7 +149,7 @@ class Objects:
     def links_of(self, locator: Locator, fd: int, refs_fd: int) -> int:
         """How many links of the file are in the store and in refs/: not 0 after a kill."""
         status, shard_fd = os.fstat(fd), self.shard_fd(locator.shard)
-        names = [locator.instance(number) for number in range(_MAX_INSTANCES)]
+        names = [locator.instance(number) for number in range(_INSTANCES_AFTER_A_KILL)]
         return sum(_is_same(status, shard_fd, name) + _is_same(status, refs_fd, locator.shard + name) for name in names)
 
     def _refer(self, shard_fd: int, found: Adopted, file_fd: int, refs_fd: int, wanted: Wanted) -> Adopted | None:
@@ -161,7 +159,7 @@ class Objects:
         except FileExistsError:
             if wanted.may_repeat:
                 return found if wanted.verify(refs_fd, found.ref) else None
-            return found if _is_same(os.fstat(file_fd), shard_fd, found.name) else None
+            return found._replace(is_new=True) if _is_same(os.fstat(file_fd), shard_fd, found.name) else None
         failpoint.hit("share.referred")
         if wanted.verify(refs_fd, found.ref):
             return Adopted(found.shard, found.name, found.instance, made_ref=True)
