@@ -48,7 +48,7 @@ main() {
     case ${1-} in
         install | demo) profile=$1 scope=run ;;
         test | bench) profile=$1 scope=dev ;;
-        *) die "usage: deploy/setup.sh install|demo|test" ;;
+        *) die "usage: deploy/setup.sh install|demo|test|bench" ;;
     esac
     is_ready && return
     mkdir -p .cache || exit 1
