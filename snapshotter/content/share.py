@@ -39,8 +39,10 @@ _WORDS = {
     errno.EDQUOT: "no space",
     errno.EMLINK: "too many links",
 }
-_MAX_PATH_BYTES = 3800
-"""Of names of hard links, which are opened again by path: PATH_MAX less some."""
+_MAX_PATH_BYTES = 4000
+"""Of directories with hard links, which are opened again by path. PATH_MAX is 4,096."""
+_MAX_PARENTS = 500
+"""Directories with names of one inode, all open at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,11 @@ class _Sharer:
         for inode, paths in self._linked.items():
             if inode in objects:
                 continue
-            fd = os.open(paths[0], _OPEN, dir_fd=self._top_fd)
+            try:
+                fd = os.open(paths[0], _OPEN, dir_fd=self._top_fd)
+            except OSError as error:
+                self._count(_word(error))
+                continue
             try:
                 self._share_linked(fd, os.fstat(fd), paths)
             finally:
@@ -188,19 +194,21 @@ class _Sharer:
             self._share_linked(fd, status, paths)
 
     def _share_linked(self, fd: int, status: os.stat_result, paths: list[bytes]) -> None:
-        if any(len(path) > _MAX_PATH_BYTES for path in paths):
-            self._count("hard links with long paths")
+        parents = {path.rpartition(b"/")[0] for path in paths}
+        if len(parents) > _MAX_PARENTS or max(map(len, parents)) > _MAX_PATH_BYTES:
+            self._count("hard links in too many or too deep directories")
             return
         with ExitStack() as stack:
             directories: dict[bytes, int] = {}
-            places = []
-            for path in paths:
-                directory, _, name = path.rpartition(b"/")
-                if directory not in directories:
-                    parent = os.open(directory or b".", OPEN_DIRECTORY, dir_fd=self._top_fd)
-                    stack.callback(os.close, parent)
-                    directories[directory] = parent
-                places.append(Place(directories[directory], name, path))
+            try:
+                for parent in parents:
+                    directories[parent] = os.open(parent or b".", OPEN_DIRECTORY, dir_fd=self._top_fd)
+                    stack.callback(os.close, directories[parent])
+            except OSError as error:
+                self._count(_word(error))
+                return
+            split = ((path, *path.rpartition(b"/")) for path in paths)
+            places = (Place(directories[parent], name, path) for path, parent, _, name in split)
             self._try(fd, status, tuple(places))
 
     def _try(self, fd: int, status: os.stat_result, places: tuple[Place, ...]) -> None:
@@ -271,7 +279,7 @@ def _check_closed(fd: int) -> None:
     except OSError as error:
         if error.errno == errno.EAGAIN:
             raise Private("open for writing") from error
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):
             raise
 
 
