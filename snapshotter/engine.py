@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +31,7 @@ from snapshotter.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    SnapshotterError,
+    ResourceExhausted,
     Unavailable,
     from_os_error,
     quote,
@@ -404,14 +404,14 @@ class Engine:
             below = snapshots.chain_below(tx, record).ids
         try:
             outcome = self._sealer.seal(record, below)
-        except (OSError, Stopped) as error:
+            failpoint.hit("seal.done")
+            self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome))
+        except (OSError, Stopped, ResourceExhausted) as error:
             log.error("commit.seal_failed", name=record.name, id=snapshot_id, reason=str(error))
             raise Unavailable(
-                f"snapshot {quote(record.name)} is committed, but its layer could not be finished ({error}); "
-                "try again, or remove it"
+                f"snapshot {quote(record.name)} is committed, but its layer could not be finished "
+                f"({quote(str(error))}); try again, or remove it"
             ) from error
-        failpoint.hit("seal.done")
-        self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome))
         failpoint.hit("seal.after-transaction")
         # Left behind by a kill here: the sweep takes them.
         self._attempt(lambda: self._sealer.tidy(snapshot_id, Kind.COMMITTED))
@@ -422,7 +422,7 @@ class Engine:
             try:
                 with self._claims.hold(snapshot_id):
                     self._seal(snapshot_id)
-            except (Busy, SnapshotterError) as error:
+            except Exception as error:  # the others must not wait for a call that needs them
                 log.warning("commit.left_to_who_needs_it", id=snapshot_id, reason=str(error))
 
     def _remove(self, key: str) -> None:
@@ -452,21 +452,25 @@ class Engine:
         # In this order: what was being changed at the listing is claimed or in flight now, or its
         # transaction, which the one below sees, is over.
         spared = self._ids.in_flight() | self._claims.all()
-        unknown, known = [], {}
+        listed = {SnapshotId(int(name)) for name in names if name.isdecimal()} - spared
         with self._store.read() as tx:
-            for snapshot_id in (SnapshotId(int(name)) for name in names if name.isdecimal()):
-                if snapshot_id in spared:
-                    continue
-                if not snapshots.knows_id(tx, snapshot_id):
-                    unknown.append(snapshot_id)
-                elif not (record := snapshots.by_id(tx, snapshot_id)).sealing:
-                    known[snapshot_id] = record.kind
-        for snapshot_id in unknown:
+            known = {snapshot_id for snapshot_id in listed if snapshots.knows_id(tx, snapshot_id)}
+        for snapshot_id in sorted(listed - known):
             log.info("sweep.unknown_directory", id=snapshot_id)
             self._attempt(lambda unknown_id=snapshot_id: self._sealer.retire(unknown_id))  # type: ignore[misc]
-        for snapshot_id, kind in known.items():
-            self._attempt(lambda known_id=snapshot_id, kind=kind: self._sealer.tidy(known_id, kind))  # type: ignore[misc]
+        for snapshot_id in sorted(known):
+            self._attempt(lambda known_id=snapshot_id: self._tidy(known_id))  # type: ignore[misc]
         self._attempt(self._sealer.sweep_busy)
+
+    def _tidy(self, snapshot_id: SnapshotId) -> None:
+        """Discards what nobody needs of a snapshot that no call is changing."""
+        if not self._sealer.is_untidy(snapshot_id):
+            return
+        with suppress(Busy), self._claims.hold(snapshot_id):
+            with self._store.read() as tx:
+                record = snapshots.by_id(tx, snapshot_id) if snapshots.knows_id(tx, snapshot_id) else None
+            if record and not record.sealing:
+                self._sealer.tidy(snapshot_id, record.kind)
 
     @staticmethod
     def _attempt(act: Callable[[], None]) -> None:

@@ -51,7 +51,9 @@ class Trash:
         self._wake = threading.Condition()
         self._stopping = False
         # A name to delete, a waiter to answer once all before it has been tried, or one who asks what would be freed.
-        self._queue: deque[str | Future[None] | _Question] = deque(sorted(entry.name for entry in directory.iterdir()))
+        # Layers last: objects go with the last links to them.
+        found = sorted((entry.name for entry in directory.iterdir()), key=lambda name: (_is_layer(name), name))
+        self._queue: deque[str | Future[None] | _Question] = deque(found)
         self._failed: dict[str, str] = {}
         self._busy = 0
         self._thread = threading.Thread(target=self._run, name="trash", daemon=True)
@@ -156,7 +158,7 @@ class Trash:
                 self._freed += freed
         except Stopped:
             return
-        except OSError as error:
+        except Exception as error:  # the others must go
             log.error("trash.delete_failed", tree=str(self._directory / name), reason=str(error))
             with self._wake:
                 self._failed[name] = str(error)

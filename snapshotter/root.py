@@ -21,6 +21,7 @@ A view that has a parent owns nothing here.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -126,6 +127,8 @@ def claim(path: Path) -> tuple[Root, RootLock]:
         path.chmod(0o700)
         for name in _DIRECTORIES:
             (path / name).mkdir(mode=0o700, exist_ok=True)
+        for directory in (path, *(path / name for name in _DIRECTORIES)):
+            _forget_default_acl(directory)
         _make_shards(path / "objects")
         # The merged root of a snapshot without a parent looks like this one.
         (path / "empty").chmod(0o755)
@@ -135,6 +138,15 @@ def claim(path: Path) -> tuple[Root, RootLock]:
     except OSError as error:
         raise from_os_error(f"preparing root {path}", error) from error
     return Root(path), lock
+
+
+def _forget_default_acl(directory: Path) -> None:
+    """A default ACL above us would reach into layers: all that is made below inherits it."""
+    try:
+        os.removexattr(directory, "system.posix_acl_default")
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
 
 
 def _make_shards(objects: Path) -> None:

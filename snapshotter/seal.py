@@ -27,8 +27,8 @@ import structlog
 
 from snapshotter import clone, failpoint, layer, linux
 from snapshotter.content import files, plan
-from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, share
-from snapshotter.durable import remove_tree, sync_directory
+from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, clear_up, share
+from snapshotter.durable import Stopped, remove_tree, sync_directory
 from snapshotter.errors import Unavailable, quote
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
@@ -122,7 +122,7 @@ class Sealer:
         if self._in_use(self._root.fs(snapshot_id)):
             return Sealed(self._make_new_tree(snapshot_id, names), record.features, None)
         planned = plan.read_plan(self._root.seal(snapshot_id))
-        was_interrupted = self._root.refs(snapshot_id).exists()
+        was_interrupted = self._root.refs(snapshot_id).exists() or bool(self._stages(snapshot_id))
         usage = record.usage
         if planned is None or planned.strip:
             stripped = self._workers.call(layer.strip, self._root.fs(snapshot_id), names)
@@ -133,6 +133,10 @@ class Sealer:
             return Sealed(usage, record.features, None)
         outcome = self._share(record, below, planned, was_interrupted)
         return _sealed(planned, usage, outcome)
+
+    def is_untidy(self, snapshot_id: SnapshotId) -> bool:
+        """Whether `tidy` might find something."""
+        return self._root.seal(snapshot_id).exists() or self._root.work(snapshot_id).exists()
 
     def tidy(self, snapshot_id: SnapshotId, kind: Kind) -> None:
         """Discards what sealing needed, once it is over or was not begun. Raises OSError."""
@@ -189,7 +193,15 @@ class Sealer:
         self._trash.discard(directory, f"{target.id}.seal")  # of a commit that failed
         if strategy != OFF:
             try:
-                plan.Plan(strategy, strip, found.needs, found.apparent_bytes, found.mtimes_ns).write(directory)
+                plan.Plan(
+                    strategy,
+                    self._rules.stub_min_bytes,
+                    self._rules.never_link,
+                    strip,
+                    found.needs,
+                    found.apparent_bytes,
+                    found.mtimes_ns,
+                ).write(directory)
             except OSError as error:
                 log.warning("commit.not_shared", snapshot_key=target.key, id=target.id, reason=str(error))
                 self._trash.discard(directory, f"{target.id}.seal")
@@ -215,12 +227,17 @@ class Sealer:
             tuple(map(self._root.directory, below)),
             was_interrupted,
         )
-        rules = replace(self._rules, strategy=planned.strategy)
+        rules = replace(
+            self._rules,
+            strategy=planned.strategy,
+            stub_min_bytes=planned.stub_min_bytes,
+            never_link=planned.never_link,
+        )
         outcome = Outcome()
         for _ in range(_SHARINGS):
             try:
-                if layout.refs.exists():
-                    self._clear_stages(layout)
+                if was_interrupted:
+                    self._clear_stages(snapshot_id, layout)
                 layout.refs.mkdir(mode=0o700, exist_ok=True)
                 sync_directory(layout.refs.parent)
                 failpoint.hit("seal.sharing")
@@ -228,11 +245,15 @@ class Sealer:
                 for part in self._workers.share_out(share, current, rules):
                     outcome.add(part)
                 break
-            except OSError as error:
-                log.error("commit.sharing_failed", name=record.name, id=snapshot_id, reason=str(error))
+            except Stopped:
+                raise
+            except Exception as error:  # whatever it is, the layer is whole, and the commit must not fail
+                log.error("commit.sharing_failed", name=record.name, id=snapshot_id, reason=repr(error))
                 was_interrupted, outcome = True, Outcome()
         else:
-            self._clear_stages(layout)
+            self._clear_stages(snapshot_id, layout)
+        if was_interrupted and layout.refs.exists():
+            self._workers.call(clear_up, layout)
         with suppress(OSError):  # ENOTEMPTY, nearly always
             layout.refs.rmdir()
         failpoint.hit("seal.shared")
@@ -249,9 +270,14 @@ class Sealer:
         )
         return None if was_interrupted else outcome
 
-    def _clear_stages(self, layout: Layout) -> None:
+    def _stages(self, snapshot_id: SnapshotId) -> list[Path]:
+        """Of a run that was killed."""
+        directory = self._root.seal(snapshot_id)
+        return [path for path in directory.iterdir() if path.name.isdecimal()] if directory.exists() else []
+
+    def _clear_stages(self, snapshot_id: SnapshotId, layout: Layout) -> None:
         """After a kill. Here and not in the background: links that are left count in st_nlink."""
-        stages = [layout.stages / name for name in os.listdir(layout.stages) if name.isdecimal()]
+        stages = self._stages(snapshot_id)
         self._workers.call(files.finish_swaps, layout.tree, stages)
         for stage in stages:
             remove_tree(stage.parent, stage.name, self._stopping)
@@ -263,7 +289,7 @@ class Sealer:
             try:
                 directory.mkdir(mode=0o700)
                 names = self._names_for(is_lowest=not target.chain.ids)
-                self._workers.call(
+                self._workers.call_once(
                     clone.copy_tree, self._root.fs(target.id), self._root.fs(new_id), names, self._rules.reflink
                 )
                 failpoint.hit("copy.made")
@@ -294,7 +320,7 @@ class Sealer:
     def _make_new_tree(self, snapshot_id: SnapshotId, names: Names) -> Usage:
         directory = self._root.directory(snapshot_id)
         try:
-            self._workers.call(
+            self._workers.call_once(
                 clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._rules.reflink
             )
             usage = self._workers.call(layer.finish, directory / "new", names).usage

@@ -17,7 +17,6 @@ from pathlib import Path
 import structlog
 
 from snapshotter.durable import Stopped
-from snapshotter.errors import SnapshotterError
 from snapshotter.meta.schema import Facts
 from snapshotter.model import NO_EXTENT, Extent, Kind, SnapshotId, SnapshotSpace, Space, Usage
 from snapshotter.root import SHARDS_OF_OBJECTS, Root
@@ -34,6 +33,8 @@ _REST = 20
 """And how many times as long as the last pass took after that."""
 
 _OFF = "off"
+_MOST_BYTES = (1 << 63) - 1
+"""That fit into an answer: files of holes have any size."""
 _LINKS_BESIDE_PATHS = 2
 """Of an object: its name in the store, and one in refs/ of each layer."""
 _STUB_REF_CHARS = 25
@@ -128,7 +129,7 @@ class Accountant:
                 found = self._measure()
             except Stopped:
                 return
-            except (OSError, SnapshotterError) as error:
+            except Exception as error:  # who waits must not wait for ever
                 log.warning("space.failed", reason=str(error))
                 failure = error
             with self._wake:
@@ -168,7 +169,7 @@ class Accountant:
             as_of_ns=as_of_ns,
             took_ns=time.monotonic_ns() - began_ns,
             snapshots=tuple(found),
-            apparent_bytes=sum(space.apparent_bytes for space in found),
+            apparent_bytes=min(_MOST_BYTES, sum(space.apparent_bytes for space in found)),
             allocated=objects + own,
             unshared=unshared,
             objects=objects,
@@ -189,7 +190,7 @@ def _space(subject: Subject, counted: Counted) -> SnapshotSpace:
         name=subject.name,
         kind=subject.kind,
         strategy=strategy,
-        apparent_bytes=counted.apparent_bytes,
+        apparent_bytes=min(_MOST_BYTES, counted.apparent_bytes),
         allocated=counted.own + counted.objects,
         shared=counted.objects - counted.exclusive_objects,
         exclusive=counted.own + counted.exclusive_objects,

@@ -5,8 +5,9 @@ The tree is one that nobody can write to and that no overlay uses.
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from snapshotter.walker import OPEN_DIRECTORY, walk_names
 
 _SWAPPING = b"swapping-"
 """And the number of the old inode: in a stage, a link of the new one while their names are exchanged."""
+
+
+_INHERITED = "system.posix_acl_default"
+"""What is made in a directory that has it would get an ACL."""
 
 
 class HalfSwapped(OSError):
@@ -54,6 +59,9 @@ class Stage:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700)
         self.fd = os.open(directory, OPEN_DIRECTORY)
+        for name in os.listxattr(self.fd):
+            if name == _INHERITED:
+                os.removexattr(self.fd, name)
         self._count = 0
 
     def close(self) -> None:
@@ -79,6 +87,8 @@ class Stage:
                 os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=self.fd, follow_symlinks=False)
                 staged.append(name)
             failpoint.hit("share.staged")
+            if len(file.places) > 1:
+                _check_changeable(file.places)
             for name, place in zip(names, file.places, strict=False):
                 if swapped:
                     failpoint.hit("share.half-swapped")
@@ -104,6 +114,19 @@ class Stage:
             os.unlink(name, dir_fd=self.fd)
 
 
+def _check_changeable(places: tuple[Place, ...]) -> None:
+    """Raises OSError (EPERM) if a name is in a directory that cannot be changed."""
+    for fd in {place.directory_fd for place in places}:
+        try:
+            flags = linux.get_inode_flags(fd)
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EOPNOTSUPP):
+                return
+            raise
+        if flags & (linux.FS_IMMUTABLE_FL | linux.FS_APPEND_FL):
+            raise OSError(errno.EPERM, "a directory is immutable or append-only")
+
+
 def finish_swaps(tree: Path, stages: list[Path]) -> None:
     """After a kill: gives names that an inode kept to the one that has its other names now. Raises OSError."""
     with ExitStack() as stack:
@@ -121,5 +144,7 @@ def finish_swaps(tree: Path, stages: list[Path]) -> None:
         for found in walk_names(top_fd):
             if found.is_file and found.inode in halves:
                 fd, name = halves[found.inode]
+                with suppress(FileNotFoundError):  # left by another kill
+                    os.unlink("next", dir_fd=fd)
                 os.link(name, "next", src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
                 os.rename("next", found.name, src_dir_fd=fd, dst_dir_fd=found.directory_fd)

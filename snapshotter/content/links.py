@@ -22,7 +22,6 @@ from snapshotter import failpoint, linux
 from snapshotter.content.files import File, HalfSwapped, Private, Stage
 from snapshotter.content.objects import Adopted, Locator, Objects, Wanted
 
-_IDENTITY = struct.Struct("<IIIqQ")
 _TEXT = struct.Struct("<I")
 
 
@@ -56,22 +55,25 @@ class Links:
             raise Private("listed in never_link")
         wanted = Wanted(_locator(file), _has_metadata_of(file), lambda _fd: None, may_repeat=False, spared=self._used)
         while True:
-            adopted = self._objects.adopt(wanted, file.fd, self._refs_fd)
-            if adopted.is_new:
-                if adopted.instance and self._reflink:
-                    self._share_extents(file, adopted)
-                return adopted
-            try:
-                failpoint.hit("share.before-swap")
-                self._stage.put(self._refs_fd, adopted.ref, file, keep_old=True)
-                return adopted
-            except HalfSwapped:
-                raise  # there are names of the object
-            except OSError as error:
-                self._objects.forget(adopted, self._refs_fd, len(file.places))
-                if error.errno != errno.EMLINK:
-                    raise
-                wanted = wanted._replace(spared=wanted.spared | {adopted.ref})
+            with self._objects.locked(wanted.locator.shard):
+                adopted = self._objects.adopt(wanted, file.fd, self._refs_fd)
+                try:
+                    self._replace(file, adopted)
+                    return adopted
+                except HalfSwapped:
+                    raise  # there are names of the object
+                except OSError as error:
+                    self._objects.forget(adopted, self._refs_fd, len(file.places))
+                    if error.errno != errno.EMLINK:
+                        raise
+            wanted = wanted._replace(spared=wanted.spared | {adopted.ref})
+
+    def _replace(self, file: File, adopted: Adopted) -> None:
+        failpoint.hit("share.before-swap")
+        if not adopted.is_new:
+            self._stage.put(self._refs_fd, adopted.ref, file, keep_old=True)
+        elif adopted.instance and self._reflink:
+            self._share_extents(file, adopted)
 
     def _is_never_shared(self, path: bytes) -> bool:
         parts = os.fsdecode(path).split("/")
@@ -103,9 +105,8 @@ def _locator(file: File) -> Locator:
     """The whole hash of all that has to be equal."""
     status = file.status
     hashed = blake3(file.digest)
-    hashed.update(_IDENTITY.pack(
-        stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size
-    ))  # fmt: skip
+    numbers = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size
+    hashed.update(" ".join(map(str, numbers)).encode() + b"\0")
     for key, value in sorted(file.attributes.items()):
         for part in (key.encode(errors="surrogateescape"), value):
             hashed.update(_TEXT.pack(len(part)))

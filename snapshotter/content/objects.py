@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from snapshotter.root import SHARDS_OF_OBJECTS
 from snapshotter.walker import OPEN_DIRECTORY
 
 _BLOCK_BYTES = 512
+_SHARD_CHARS = 2
 _MAX_INSTANCES = 256
 _INSTANCES_AFTER_A_KILL = 8
 
@@ -116,35 +117,38 @@ class Objects:
         return fd
 
     def adopt(self, wanted: Wanted, file_fd: int, refs_fd: int) -> Adopted:
-        """Refers to an object that is as wanted, or makes the file one. Raises TooManyLinks, OSError."""
-        with self.locked(wanted.locator.shard) as shard_fd:
-            for number in range(_MAX_INSTANCES):
-                found = Adopted(wanted.locator.shard, wanted.locator.instance(number), number)
-                if found.ref in wanted.spared:
-                    continue
-                try:
-                    referred = self._refer(shard_fd, found, file_fd, refs_fd, wanted)
-                except FileNotFoundError:
-                    wanted.prepare(file_fd)
-                    self._make(shard_fd, found, file_fd, refs_fd)
-                    return Adopted(found.shard, found.name, number, is_new=True, made_ref=True)
-                except OSError as error:
-                    if error.errno != errno.EMLINK:
-                        raise
-                    continue
-                if referred:
-                    return referred
+        """Refers to an object that is as wanted, or makes the file one.
+
+        Call it with the shard's lock, and keep that until the tree has been changed or `forget` called: somebody else who
+        works on the layer may use what this refers to. Raises TooManyLinks, OSError.
+        """
+        shard_fd = self.shard_fd(wanted.locator.shard)
+        for number in range(_MAX_INSTANCES):
+            found = Adopted(wanted.locator.shard, wanted.locator.instance(number), number)
+            if found.ref in wanted.spared:
+                continue
+            try:
+                referred = self._refer(shard_fd, found, file_fd, refs_fd, wanted)
+            except FileNotFoundError:
+                wanted.prepare(file_fd)
+                self._make(shard_fd, found, file_fd, refs_fd)
+                return found._replace(is_new=True, made_ref=True)
+            except OSError as error:
+                if error.errno != errno.EMLINK:
+                    raise
+                continue
+            if referred:
+                return referred
         raise TooManyLinks(wanted.locator.stem)
 
     def forget(self, adopted: Adopted, refs_fd: int, names: int) -> None:
-        """Undoes `adopt` for a file with so many names where nothing came of it. Raises OSError."""
+        """Undoes `adopt` for a file with so many names, if nothing came of it, under the same lock. Raises OSError."""
         if not adopted.made_ref:
             return
-        with self.locked(adopted.shard) as shard_fd:
-            status = os.stat(adopted.ref, dir_fd=refs_fd, follow_symlinks=False)
-            if adopted.is_new and status.st_nlink == names + 2:
-                os.unlink(adopted.name, dir_fd=shard_fd)
-            os.unlink(adopted.ref, dir_fd=refs_fd)
+        status = os.stat(adopted.ref, dir_fd=refs_fd, follow_symlinks=False)
+        if adopted.is_new and status.st_nlink == names + 2:
+            os.unlink(adopted.name, dir_fd=self.shard_fd(adopted.shard))
+        os.unlink(adopted.ref, dir_fd=refs_fd)
 
     def links_of(self, locator: Locator, fd: int, refs_fd: int) -> int:
         """How many links of the file are in the store and in refs/: not 0 after a kill."""
@@ -152,17 +156,30 @@ class Objects:
         names = [locator.instance(number) for number in range(_INSTANCES_AFTER_A_KILL)]
         return sum(_is_same(status, shard_fd, name) + _is_same(status, refs_fd, locator.shard + name) for name in names)
 
+    def is_object(self, status: os.stat_result, ref: str) -> bool:
+        """Whether a file is the object that a ref names."""
+        return _is_same(status, self.shard_fd(ref[:_SHARD_CHARS]), ref[_SHARD_CHARS:])
+
     def _refer(self, shard_fd: int, found: Adopted, file_fd: int, refs_fd: int, wanted: Wanted) -> Adopted | None:
         """None if this instance will not do. Raises FileNotFoundError if there is none, and OSError."""
         try:
             os.link(found.name, found.ref, src_dir_fd=shard_fd, dst_dir_fd=refs_fd)
         except FileExistsError:
-            if wanted.may_repeat:
-                return found if wanted.verify(refs_fd, found.ref) else None
-            return found._replace(is_new=True) if _is_same(os.fstat(file_fd), shard_fd, found.name) else None
-        failpoint.hit("share.referred")
-        if wanted.verify(refs_fd, found.ref):
-            return Adopted(found.shard, found.name, found.instance, made_ref=True)
+            if _is_same(os.stat(found.ref, dir_fd=refs_fd, follow_symlinks=False), shard_fd, found.name):
+                if wanted.may_repeat:
+                    return found if wanted.verify(refs_fd, found.ref) else None
+                return found._replace(is_new=True) if _is_same(os.fstat(file_fd), shard_fd, found.name) else None
+            # A kill left it, before the object had a name, which somebody else's has now.
+            os.unlink(found.ref, dir_fd=refs_fd)
+            os.link(found.name, found.ref, src_dir_fd=shard_fd, dst_dir_fd=refs_fd)
+        try:
+            failpoint.hit("share.referred")
+            will_do = wanted.verify(refs_fd, found.ref)
+        except BaseException:
+            os.unlink(found.ref, dir_fd=refs_fd)
+            raise
+        if will_do:
+            return found._replace(made_ref=True)
         os.unlink(found.ref, dir_fd=refs_fd)
         return None
 
@@ -173,14 +190,18 @@ class Objects:
         except FileExistsError:  # a kill left it, before the object had a name
             os.unlink(made.ref, dir_fd=refs_fd)
             os.link(source, made.ref, dst_dir_fd=refs_fd)
-        failpoint.hit("share.linked")
         try:
+            failpoint.hit("share.linked")
             os.link(made.ref, made.name, src_dir_fd=refs_fd, dst_dir_fd=shard_fd)
-        except OSError:
+            self._changed.add(made.shard)
+            try:
+                failpoint.hit("share.made-object")
+            except BaseException:
+                os.unlink(made.name, dir_fd=shard_fd)
+                raise
+        except BaseException:
             os.unlink(made.ref, dir_fd=refs_fd)
             raise
-        self._changed.add(made.shard)
-        failpoint.hit("share.made-object")
 
 
 def release_all(directory: Path, refs: Path) -> Extent:
@@ -193,8 +214,8 @@ def release_all(directory: Path, refs: Path) -> Extent:
         return freed
     try:
         for ref in os.listdir(refs_fd):
-            with objects.locked(ref[:2]) as shard_fd:
-                freed += _release(shard_fd, ref[2:], refs_fd, ref)
+            with objects.locked(ref[:_SHARD_CHARS]) as shard_fd:
+                freed += _release(shard_fd, refs_fd, ref, paths=0)
             failpoint.hit("collect.ref")
     finally:
         os.close(refs_fd)
@@ -219,11 +240,26 @@ def collect_unused(directory: Path) -> Extent:
     return freed
 
 
-def _release(shard_fd: int, name: str, refs_fd: int, ref: str) -> Extent:
+def release_unused(directory: Path, refs_fd: int, used: Collection[str], paths_of: Mapping[int, int]) -> None:
+    """Lets go of what a layer refers to without using it, as a kill leaves it. Raises OSError.
+
+    `paths_of`: how many paths an inode has in the layer's tree.
+    """
+    objects = Objects(directory)
+    try:
+        for ref in set(os.listdir(refs_fd)).difference(used):
+            inode = os.stat(ref, dir_fd=refs_fd, follow_symlinks=False).st_ino
+            with objects.locked(ref[:_SHARD_CHARS]) as shard_fd:
+                _release(shard_fd, refs_fd, ref, paths_of.get(inode, 0))
+    finally:
+        objects.close()
+
+
+def _release(shard_fd: int, refs_fd: int, ref: str, paths: int) -> Extent:
     """Under the shard's lock. The ref goes last: as long as it is there, a repetition finds the object."""
     freed = NO_EXTENT
-    status = os.stat(ref, dir_fd=refs_fd, follow_symlinks=False)
-    if status.st_nlink == 2 and _is_same(status, shard_fd, name):
+    name, status = ref[_SHARD_CHARS:], os.stat(ref, dir_fd=refs_fd, follow_symlinks=False)
+    if status.st_nlink == 2 + paths and _is_same(status, shard_fd, name):
         os.unlink(name, dir_fd=shard_fd)
         freed = Extent(status.st_blocks * _BLOCK_BYTES, 1)
     failpoint.hit("collect.object")

@@ -26,6 +26,9 @@ _PLAN = "plan"
 @dataclass(frozen=True, slots=True)
 class Plan:
     strategy: str
+    """This, and the next two, as configured at the commit."""
+    stub_min_bytes: int
+    never_link: tuple[str, ...]
     strip: bool
     """Whether there are attributes of a dead upper."""
     needs: Feature
@@ -54,8 +57,8 @@ def read_plan(directory: Path) -> Plan | None:
         found = json.loads((directory / _PLAN).read_text())
     except FileNotFoundError:
         return None
-    mtimes_ns = {int(inode): time_ns for inode, time_ns in found["mtimes_ns"].items()}
-    return Plan(found["strategy"], found["strip"], Feature(found["needs"]), found["apparent_bytes"], mtimes_ns)
+    found["mtimes_ns"] = {int(inode): time_ns for inode, time_ns in found["mtimes_ns"].items()}
+    return Plan(**found | {"never_link": tuple(found["never_link"]), "needs": Feature(found["needs"])})
 
 
 def keeps_order(directory: Path) -> bool:

@@ -20,9 +20,9 @@ from snapshotter import failpoint
 from snapshotter.content.files import File, HalfSwapped, Place, Private, Stage
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import Links
-from snapshotter.content.objects import Adopted, Objects, TooManyLinks
-from snapshotter.content.stubs import Stubs
-from snapshotter.overlay.attributes import TRUSTED, USER
+from snapshotter.content.objects import Adopted, Objects, TooManyLinks, release_unused
+from snapshotter.content.stubs import DIGEST, Stubs, ref_of, remove_mark
+from snapshotter.overlay.attributes import TRUSTED, USER, by_name
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
 STUB = "stub"
@@ -31,7 +31,8 @@ OFF = "off"
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
 _BLOCK_BYTES = 512
-_HUGE_BYTES = 1 << 30
+_LONGEST_STUB_REF = 24
+_HUGE_BYTES = 1 << 20
 _MOSTLY = 8
 _WORDS = {
     errno.EPERM: "immutable or append-only",
@@ -115,6 +116,43 @@ def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
     return sharer.outcome
 
 
+def clear_up(layout: Layout) -> None:
+    """Takes off what a run that was killed has left and that the last one did not take up: marks of files that became
+    no objects, links to objects that nothing of the layer uses. Raises OSError."""
+    used: set[str] = set()
+    paths_of: Counter[int] = Counter()
+    marked: set[int] = set()
+    with ExitStack() as stack:
+        top_fd = os.open(layout.tree, OPEN_DIRECTORY)
+        stack.callback(os.close, top_fd)
+        refs_fd = os.open(layout.refs, OPEN_DIRECTORY)
+        stack.callback(os.close, refs_fd)
+        for name in walk_names(top_fd):
+            if not name.is_file:
+                continue
+            paths_of[name.inode] += 1
+            path = by_name(name.directory_fd, name.name)
+            names = os.listxattr(path, follow_symlinks=False)
+            if DIGEST in names:
+                marked.add(name.inode)
+            elif ref := ref_of({key: os.getxattr(path, key) for key in names if key.startswith(TRUSTED.prefix)}):
+                used.add(ref)
+        with os.scandir(refs_fd) as entries:
+            used.update(
+                entry.name for entry in entries if len(entry.name) > _LONGEST_STUB_REF and entry.inode() in paths_of
+            )
+        release_unused(layout.objects, refs_fd, used, paths_of)
+        for name in walk_names(top_fd) if marked else ():
+            if name.inode in marked:
+                fd = os.open(name.name, _OPEN, dir_fd=name.directory_fd)
+                try:
+                    if os.fstat(fd).st_nlink == paths_of[name.inode]:
+                        remove_mark(fd)
+                finally:
+                    os.close(fd)
+        os.fsync(refs_fd)
+
+
 def _strategy(layout: Layout, rules: Rules, objects: Objects, refs_fd: int, stage: Stage) -> Stubs | Links:
     if rules.strategy == STUB:
         tops = _names_in(directory / "fs" for directory in layout.below)
@@ -168,11 +206,11 @@ class _Sharer:
     def finish(self) -> None:
         """What has more links than names: from elsewhere, of a run of this that was killed, or an object that another
         worker has put in the place of a file by now."""
-        objects = self._inodes_of_refs() if isinstance(self._strategy, Links) else frozenset()
+        refs = self._refs_by_inode() if isinstance(self._strategy, Links) else {}
         for inode, paths in self._linked.items():
-            if inode in objects:
-                continue
             try:
+                if inode in refs and self._objects.is_object(os.stat(refs[inode], dir_fd=self._refs_fd), refs[inode]):
+                    continue
                 fd = os.open(paths[0], _OPEN, dir_fd=self._top_fd)
             except OSError as error:
                 self._count(_word(error))
@@ -182,9 +220,9 @@ class _Sharer:
             finally:
                 os.close(fd)
 
-    def _inodes_of_refs(self) -> frozenset[int]:
+    def _refs_by_inode(self) -> dict[int, str]:
         with os.scandir(self._refs_fd) as entries:
-            return frozenset(entry.inode() for entry in entries)
+            return {entry.inode(): entry.name for entry in entries}
 
     def _visit_linked(self, fd: int, status: os.stat_result, path: bytes) -> None:
         paths = self._linked.setdefault(status.st_ino, [])

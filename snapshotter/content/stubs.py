@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 
 from snapshotter import failpoint
 from snapshotter.content.files import File, HalfSwapped, Private, Stage
@@ -45,7 +46,7 @@ class Stubs:
         return _locator(file.digest)
 
     def share(self, file: File) -> Adopted:
-        """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
+        """Raises Private, OSError, objects.TooManyLinks: the file is as it was then; and HalfSwapped."""
         attributes = dict(file.attributes)
         if DIGEST in attributes and not (self._is_resumed and attributes.pop(DIGEST) == file.digest):
             raise Private(f"has an attribute {DIGEST} of its own")
@@ -56,50 +57,46 @@ class Stubs:
         # Before the object: what may want space comes first.
         self._make(name, file, attributes, _path(locator.shard, locator.stem))
         try:
-            adopted = self._adopt(locator, file)
-            try:
-                if adopted.instance:
-                    os.setxattr(by_name(self._stage.fd, name), TRUSTED.redirect, _path(adopted.shard, adopted.name))
-                failpoint.hit("share.before-swap")
-                if len(file.places) == 1:
-                    self._stage.move(name, file.places[0], keep_old=not adopted.is_new)
-                    return adopted
-                self._stage.put(self._stage.fd, name, file, keep_old=not adopted.is_new)
-            except HalfSwapped:
-                raise  # there are stubs that need the object
-            except BaseException:
-                self._objects.forget(adopted, self._refs_fd, len(file.places))
-                self._clean(file)
-                raise
+            with self._objects.locked(locator.shard):
+                return self._replace(file, name, locator)
         except HalfSwapped:
-            raise
+            raise  # there are names of the stub
         except BaseException:
             os.unlink(name, dir_fd=self._stage.fd)
+            self._clean(file)
             raise
-        os.unlink(name, dir_fd=self._stage.fd)
+
+    def _replace(self, file: File, stub: bytes, locator: Locator) -> Adopted:
+        adopted = self._objects.adopt(self._wanted(file, locator), file.fd, self._refs_fd)
+        try:
+            if adopted.instance:
+                os.setxattr(by_name(self._stage.fd, stub), TRUSTED.redirect, _path(adopted.shard, adopted.name))
+            failpoint.hit("share.before-swap")
+            if len(file.places) == 1:
+                self._stage.move(stub, file.places[0], keep_old=not adopted.is_new)
+                return adopted
+            self._stage.put(self._stage.fd, stub, file, keep_old=not adopted.is_new)
+        except HalfSwapped:
+            raise  # there are stubs that need the object
+        except BaseException:
+            self._objects.forget(adopted, self._refs_fd, len(file.places))
+            raise
+        os.unlink(stub, dir_fd=self._stage.fd)
         return adopted
 
-    def _adopt(self, locator: Locator, file: File) -> Adopted:
+    def _wanted(self, file: File, locator: Locator) -> Wanted:
         def is_wanted(directory_fd: int, name: str) -> bool:
             return os.getxattr(by_name(directory_fd, name.encode()), DIGEST) == file.digest
 
         def mark(fd: int) -> None:
             os.setxattr(fd, DIGEST, file.digest)
 
-        try:
-            return self._objects.adopt(Wanted(locator, is_wanted, mark, may_repeat=True), file.fd, self._refs_fd)
-        except BaseException:
-            self._clean(file)
-            raise
+        return Wanted(locator, is_wanted, mark, may_repeat=True)
 
     def _clean(self, file: File) -> None:
         """Takes off the mark of an object that the file did not become."""
-        if DIGEST not in file.attributes and os.fstat(file.fd).st_nlink == len(file.places):
-            try:
-                os.removexattr(file.fd, DIGEST)
-            except OSError as error:
-                if error.errno != errno.ENODATA:
-                    raise
+        if os.fstat(file.fd).st_nlink == len(file.places):
+            remove_mark(file.fd)
 
     def _make(self, name: bytes, file: File, attributes: dict[str, bytes], path: bytes) -> None:
         """Owner before mode and attributes, since chown takes some of both away; times last."""
@@ -113,9 +110,9 @@ class Stubs:
         )
         try:
             os.truncate(fd, status.st_size)
-            if status.st_uid or status.st_gid:
-                os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, mode)
+            # The directory may have given it another group (mount(8), grpid).
+            os.fchown(fd, status.st_uid, status.st_gid)
+            os.fchmod(fd, mode)
             for key, value in attributes.items():
                 os.setxattr(fd, key, value)
             # Behind the file's own, whose order shows where they do not fit into the inode.
@@ -127,6 +124,23 @@ class Stubs:
             raise
         finally:
             os.close(fd)
+
+
+def remove_mark(fd: int) -> None:
+    """That a file was about to become an object. Raises OSError."""
+    try:
+        os.removexattr(fd, DIGEST)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+
+
+def ref_of(attributes: Mapping[str, bytes]) -> str | None:
+    """The ref of the object of a stub; None of what is no stub."""
+    parts = attributes.get(TRUSTED.redirect, b"").split(b"/")
+    if TRUSTED.metacopy not in attributes or len(parts) != 3 or parts[0]:
+        return None
+    return os.fsdecode(parts[1] + parts[2])
 
 
 def _locator(digest: bytes) -> Locator:

@@ -24,6 +24,10 @@ from snapshotter.workers import HEAD
 T = TypeVar("T")
 
 
+_SPARE = 8
+"""Processes for short work while long work has as many as it may."""
+
+
 class WorkerDied(OSError):
     """A worker process ended in the middle of its work: killed by a person, or for want of memory."""
 
@@ -32,11 +36,10 @@ class Workers:
     """Runs functions in worker processes. Any thread may call. `close` it."""
 
     def __init__(self, keep_open: Sequence[int] = ()) -> None:
-        """Starts as many processes as there are CPUs; others may follow, so that one call's work leaves some for
-        others."""
+        """Starts as many processes as there are CPUs; more may follow."""
         self.cpus = len(os.sched_getaffinity(0))
         self._keep_open = tuple(keep_open)
-        self._limit = 2 * self.cpus
+        self._limit = 2 * self.cpus + _SPARE
         self._wake = threading.Condition()
         self._stopping = False
         self._idle = [_Worker(self._keep_open) for _ in range(self.cpus)]
@@ -45,8 +48,16 @@ class Workers:
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """What the function returns; what it raises is raised here. It and its arguments must pickle.
 
-        Blocks. Raises WorkerDied, and Stopped when `stop` was called.
+        It must be harmless to repeat: if the process dies, another begins anew, once. Blocks. Raises WorkerDied, and
+        Stopped when `stop` was called.
         """
+        try:
+            return self.call_once(function, *arguments)
+        except WorkerDied:
+            return self.call_once(function, *arguments)
+
+    def call_once(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `call`, for what cannot be repeated."""
         return self._run(1, lambda _number, _count: (function, arguments))[0]
 
     def share_out(self, function: Callable[..., T], *arguments: Any) -> list[T]:
@@ -100,7 +111,7 @@ class Workers:
             for worker in [worker for worker in self._idle if not worker.is_alive()]:
                 self._idle.remove(worker)
                 worker.end()
-            if not self._idle:
+            while not self._idle or len(self._idle) + len(self._busy) < self.cpus:
                 self._idle.append(_Worker(self._keep_open))
             taken = [self._idle.pop() for _ in range(min(at_most, len(self._idle)))]
             self._busy.update(taken)
