@@ -119,8 +119,8 @@ class Objects:
     def adopt(self, wanted: Wanted, file_fd: int, refs_fd: int) -> Adopted:
         """Refers to an object that is as wanted, or makes the file one.
 
-        Call it with the shard's lock, and keep that until the tree has been changed or `forget` called: somebody else who
-        works on the layer may use what this refers to. Raises TooManyLinks, OSError.
+        Call it with the shard's lock, and keep that until the tree has been changed or `forget` called: others who work
+        on the layer may use what this refers to. Raises TooManyLinks, OSError.
         """
         shard_fd = self.shard_fd(wanted.locator.shard)
         for number in range(_MAX_INSTANCES):
