@@ -50,6 +50,7 @@ from snapshotter.overlay.attributes import Names, copy_attributes
 from snapshotter.overlay.trial import trial_switches
 from snapshotter.root import Root
 from snapshotter.seal import Sealer
+from snapshotter.sharing import Sharing
 from snapshotter.space import Accountant, Subject
 from snapshotter.usage import UsageCache, scan
 from snapshotter.walker import OPEN_DIRECTORY
@@ -123,7 +124,8 @@ class Engine:
             self._ids,
             self._names,
             trial,
-            self._rules,
+            Sharing(root, self._rules, self._workers, self._stop.is_set),
+            self._rules.reflink,
             self._workers,
             self._stop.is_set,
         )

@@ -26,22 +26,21 @@ from pathlib import Path
 import structlog
 
 from snapshotter import clone, failpoint, layer, linux
-from snapshotter.content import files, plan
-from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, clear_up, share
-from snapshotter.durable import Stopped, remove_tree, sync_directory
+from snapshotter.content.plan import read_plan
+from snapshotter.durable import remove_tree, sync_directory
 from snapshotter.errors import Unavailable, quote
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
-from snapshotter.meta.schema import Facts, Record
+from snapshotter.meta.schema import Record
 from snapshotter.meta.snapshots import Layer, Sealed
 from snapshotter.model import Kind, SnapshotId, Usage
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay import index
 from snapshotter.overlay.attributes import Names
-from snapshotter.overlay.features import OF_STUBS, Feature
 from snapshotter.overlay.trial import is_upper_in_use
 from snapshotter.root import Root
+from snapshotter.sharing import Sharing
 from snapshotter.walker import OPEN_DIRECTORY
 from snapshotter.workers.pool import Workers
 
@@ -49,10 +48,6 @@ log = structlog.get_logger()
 
 _ATTEMPTS = 5
 """How often new names of hard links may appear between their completion and the freeze."""
-
-
-_SHARINGS = 2
-"""How often to begin when a worker dies."""
 
 
 class Sealer:
@@ -66,7 +61,8 @@ class Sealer:
         ids: Ids,
         names: Names,
         trial: Mapping[str, str | None] | None,
-        rules: Rules,
+        sharing: Sharing,
+        reflink: bool,
         workers: Workers,
         stopping: Callable[[], bool],
     ) -> None:
@@ -77,9 +73,9 @@ class Sealer:
         self._ids = ids
         self._names = names
         self._trial = trial
-        self._rules = rules
+        self._sharing = sharing
+        self._reflink = reflink
         self._workers = workers
-        self._in_order = plan.keeps_order(root.path)
         self._stopping = stopping
 
     @contextmanager
@@ -94,7 +90,7 @@ class Sealer:
             if self._freeze(target):
                 try:
                     failpoint.hit("commit.frozen")
-                    yield self._in_place(target, self._rules.strategy, self._names)
+                    yield self._in_place(target, True, self._names)
                 except BaseException:
                     failpoint.hit("commit.refused")
                     self._mounter.thaw(target.id)
@@ -106,7 +102,7 @@ class Sealer:
             # The client's overlay had metacopy and redirect_dir only if the chain needs them.
             unpacked = target.is_extraction or not target.chain.features
             names = self._names.of_an_unpacked_layer() if unpacked else self._names
-            yield self._in_place(target, self._rules.strategy if can_share else OFF, names)
+            yield self._in_place(target, can_share, names)
             return
         with self._copy(target) as copied:
             yield copied
@@ -121,8 +117,8 @@ class Sealer:
         self._finish_exchange(snapshot_id)
         if self._in_use(self._root.fs(snapshot_id)):
             return Sealed(self._make_new_tree(snapshot_id, names), record.features, None)
-        planned = plan.read_plan(self._root.seal(snapshot_id))
-        was_interrupted = self._root.refs(snapshot_id).exists() or bool(self._stages(snapshot_id))
+        planned = read_plan(self._root.seal(snapshot_id))
+        was_interrupted = self._sharing.was_begun(snapshot_id)
         usage = record.usage
         if planned is None or planned.strip:
             stripped = self._workers.call(layer.strip, self._root.fs(snapshot_id), names)
@@ -131,8 +127,7 @@ class Sealer:
         failpoint.hit("seal.stripped")
         if planned is None:
             return Sealed(usage, record.features, None)
-        outcome = self._share(record, below, planned, was_interrupted)
-        return _sealed(planned, usage, outcome)
+        return self._sharing.share(replace(record, usage=usage), below, planned, was_interrupted)
 
     def is_untidy(self, snapshot_id: SnapshotId) -> bool:
         """Whether `tidy` might find something."""
@@ -181,106 +176,15 @@ class Sealer:
             f"snapshot {quote(target.key)} cannot be committed: its hard links keep changing; stop what writes there"
         )
 
-    def _in_place(self, target: Target, strategy: str, names: Names) -> Layer:
+    def _in_place(self, target: Target, may_share: bool, names: Names) -> Layer:
         if not target.chain.ids:
             names = names.of_the_lowest_layer()  # if Commit gives it no parent, which `seal` will know
         found = self._workers.call(layer.finish, self._root.fs(target.id), names)
-        least_bytes = self._rules.stub_min_bytes if strategy == STUB else 1
-        if found.largest_bytes < least_bytes:
-            strategy = OFF
         strip = target.materialized or found.has_dead_attributes
-        directory = self._root.seal(target.id)
-        self._trash.discard(directory, f"{target.id}.seal")  # of a commit that failed
-        if strategy != OFF:
-            try:
-                plan.Plan(
-                    strategy,
-                    self._rules.stub_min_bytes,
-                    self._rules.never_link,
-                    strip,
-                    found.needs,
-                    found.apparent_bytes,
-                    found.mtimes_ns,
-                ).write(directory)
-            except OSError as error:
-                log.warning("commit.not_shared", snapshot_key=target.key, id=target.id, reason=str(error))
-                self._trash.discard(directory, f"{target.id}.seal")
-                strategy = OFF
-        sealing = strip or strategy != OFF
-        needs = found.needs | OF_STUBS if strategy == STUB else found.needs
-        return Layer(target.id, found.usage, needs, sealing)
-
-    def _share(
-        self, record: Record, below: Sequence[SnapshotId], planned: plan.Plan, was_interrupted: bool
-    ) -> Outcome | None:
-        """Replaces files of the tree by objects, or stubs of objects. What fails leaves the rest of the files private.
-
-        None if part of it was done by a run that was killed.
-        """
-        snapshot_id, tree = record.id, self._root.fs(record.id)
-        stages = self._root.seal(snapshot_id)
-        layout = Layout(
-            tree,
-            self._root.refs(snapshot_id),
-            stages,
-            self._root.objects,
-            tuple(map(self._root.directory, below)),
-            was_interrupted,
-        )
-        rules = replace(
-            self._rules,
-            strategy=planned.strategy,
-            stub_min_bytes=planned.stub_min_bytes,
-            never_link=planned.never_link,
-        )
-        outcome = Outcome()
-        for _ in range(_SHARINGS):
-            try:
-                if was_interrupted:
-                    self._clear_stages(snapshot_id, layout)
-                layout.refs.mkdir(mode=0o700, exist_ok=True)
-                sync_directory(layout.refs.parent)
-                failpoint.hit("seal.sharing")
-                current = replace(layout, is_resumed=was_interrupted)
-                for part in self._workers.share_out(share, current, rules):
-                    outcome.add(part)
-                break
-            except Stopped:
-                raise
-            except Exception as error:  # whatever it is, the layer is whole, and the commit must not fail
-                log.error("commit.sharing_failed", name=record.name, id=snapshot_id, reason=repr(error))
-                was_interrupted, outcome = True, Outcome()
-        else:
-            self._clear_stages(snapshot_id, layout)
-        if was_interrupted and layout.refs.exists():
-            self._workers.call(clear_up, layout)
-        with suppress(OSError):  # ENOTEMPTY, nearly always
-            layout.refs.rmdir()
-        failpoint.hit("seal.shared")
-        self._workers.call(plan.settle, tree, planned.mtimes_ns, was_interrupted, self._in_order)
-        failpoint.hit("seal.settled")
-        log.info(
-            "commit.shared",
-            name=record.name,
-            id=snapshot_id,
-            strategy=planned.strategy,
-            files=outcome.shared_inodes,
-            new_objects=outcome.new_objects,
-            private=dict(outcome.private),
-        )
-        return None if was_interrupted else outcome
-
-    def _stages(self, snapshot_id: SnapshotId) -> list[Path]:
-        """Of a run that was killed."""
-        directory = self._root.seal(snapshot_id)
-        return [path for path in directory.iterdir() if path.name.isdecimal()] if directory.exists() else []
-
-    def _clear_stages(self, snapshot_id: SnapshotId, layout: Layout) -> None:
-        """After a kill. Here and not in the background: links that are left count in st_nlink."""
-        stages = self._stages(snapshot_id)
-        self._workers.call(files.finish_swaps, layout.tree, stages)
-        for stage in stages:
-            remove_tree(stage.parent, stage.name, self._stopping)
+        self._trash.discard(self._root.seal(target.id), f"{target.id}.seal")  # of a commit that failed
+        planned = self._sharing.plan(target.id, strip, found) if may_share else None
+        needs = planned.may_need() if planned else found.needs
+        return Layer(target.id, found.usage, needs, sealing=strip or planned is not None)
 
     @contextmanager
     def _copy(self, target: Target) -> Iterator[Layer]:
@@ -290,7 +194,7 @@ class Sealer:
                 directory.mkdir(mode=0o700)
                 names = self._names_for(is_lowest=not target.chain.ids)
                 self._workers.call_once(
-                    clone.copy_tree, self._root.fs(target.id), self._root.fs(new_id), names, self._rules.reflink
+                    clone.copy_tree, self._root.fs(target.id), self._root.fs(new_id), names, self._reflink
                 )
                 failpoint.hit("copy.made")
                 found = self._workers.call(layer.finish, self._root.fs(new_id), self._names)
@@ -321,7 +225,7 @@ class Sealer:
         directory = self._root.directory(snapshot_id)
         try:
             self._workers.call_once(
-                clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._rules.reflink
+                clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._reflink
             )
             usage = self._workers.call(layer.finish, directory / "new", names).usage
         except BaseException:
@@ -359,20 +263,3 @@ class Sealer:
         if old.exists():
             failpoint.hit("seal.moved-tree")
             old.rename(self._root.busy / f"{snapshot_id}.{time.time_ns()}")
-
-
-def _sealed(planned: plan.Plan, usage: Usage, outcome: Outcome | None) -> Sealed:
-    facts = Facts(planned.strategy, planned.apparent_bytes)
-    if outcome is None:
-        return Sealed(usage, _features(planned, has_stubs=planned.strategy == STUB), facts)
-    size_bytes = usage.size_bytes - outcome.shared_bytes + outcome.stub_bytes
-    inodes = usage.inodes if planned.strategy == STUB else usage.inodes - outcome.shared_inodes
-    return Sealed(
-        usage,
-        _features(planned, has_stubs=planned.strategy == STUB and outcome.shared_inodes > 0),
-        replace(facts, own=Usage(size_bytes, inodes), private=dict(outcome.private), many_names=outcome.many_names),
-    )
-
-
-def _features(planned: plan.Plan, has_stubs: bool) -> Feature:
-    return planned.needs | OF_STUBS if has_stubs else planned.needs

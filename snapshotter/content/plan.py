@@ -17,7 +17,7 @@ from pathlib import Path
 
 from snapshotter import linux, mountinfo
 from snapshotter.durable import sync_directory
-from snapshotter.overlay.features import Feature
+from snapshotter.overlay.features import OF_STUBS, Feature
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
 
 _PLAN = "plan"
@@ -37,6 +37,10 @@ class Plan:
     """The sizes of its files."""
     mtimes_ns: Mapping[int, int]
     """Of every directory, by its inode."""
+
+    def may_need(self) -> Feature:
+        """What reading the tree may take once its files are shared."""
+        return self.needs | OF_STUBS if self.strategy == "stub" else self.needs
 
     def write(self, directory: Path) -> None:
         """Makes the directory, and in it the plan, durably. Raises OSError."""

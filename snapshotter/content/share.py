@@ -32,8 +32,8 @@ OFF = "off"
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
 _BLOCK_BYTES = 512
 _LONGEST_STUB_REF = 24
-_HUGE_BYTES = 1 << 20
-_MOSTLY = 8
+_HOLES_BYTES = 4 << 30
+"""What a process reads of holes in one layer: half a second or so."""
 _WORDS = {
     errno.EPERM: "immutable or append-only",
     errno.ENOSPC: "no space",
@@ -181,6 +181,7 @@ class _Sharer:
         self._min_bytes = rules.stub_min_bytes if rules.strategy == STUB else 1
         self._strategy = strategy
         self._hasher = hasher
+        self._holes_left_bytes = _HOLES_BYTES
         self._linked: dict[int, list[bytes]] = {}
         """Paths of inodes with several names, as far as they were met."""
         self.outcome = Outcome()
@@ -253,9 +254,11 @@ class _Sharer:
         if status.st_size < self._min_bytes:
             self._count("empty" if not status.st_size else "small")
             return
-        if status.st_size > _HUGE_BYTES and status.st_blocks * _BLOCK_BYTES < status.st_size // _MOSTLY:
-            self._count("nearly all holes")  # which would take for ever to read, and take no space
+        holes_bytes = max(0, status.st_size - status.st_blocks * _BLOCK_BYTES)
+        if holes_bytes > self._holes_left_bytes:
+            self._count("too many holes")  # which take no space, and could take for ever to read
             return
+        self._holes_left_bytes -= holes_bytes
         try:
             file = self._read(fd, status, places)
             if file is None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
@@ -254,6 +255,7 @@ def test_readers_see_whole_acts_and_one_moment(store: Store) -> None:
                 values = [tx.raw.get(key, db=tx.store) for key in (b"one", b"two", b"one", b"two")]
             assert len(set(values)) == 1, values
             seen.add(values[0])
+            time.sleep(0)  # lets the writer have the interpreter's lock
 
     with fast_switching(), ThreadPoolExecutor(3) as pool:
         readers = [pool.submit(read) for _ in range(3)]
