@@ -77,18 +77,19 @@ class Stage:
         All that may want space or links happens before the first name changes. `keep_old` moves the old inode's
         names here, since freeing its blocks takes a while. Raises OSError; HalfSwapped where that cannot be undone.
         """
+        if len(file.places) == 1:
+            self._put_one(source_fd, source, file.places[0], keep_old)
+            return
         staged: list[bytes] = []
         swapped = 0
         try:
             names = [self.new_name() for _ in file.places]
-            if len(names) > 1:
-                names.append(b"%s%d" % (_SWAPPING, file.status.st_ino))
+            names.append(b"%s%d" % (_SWAPPING, file.status.st_ino))
             for name in names:
                 os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=self.fd, follow_symlinks=False)
                 staged.append(name)
             failpoint.hit("share.staged")
-            if len(file.places) > 1:
-                _check_changeable(file.places)
+            _check_changeable(file.places)
             for name, place in zip(names, file.places, strict=False):
                 if swapped:
                     failpoint.hit("share.half-swapped")
@@ -101,6 +102,16 @@ class Stage:
             self._unlink(staged)
             raise
         self._unlink(staged)
+
+    def _put_one(self, source_fd: int, source: str | bytes, place: Place, keep_old: bool) -> None:
+        name = self.new_name()
+        os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        try:
+            failpoint.hit("share.staged")
+            self.move(name, place, keep_old)
+        except BaseException:
+            self._unlink([name])
+            raise
 
     def move(self, name: bytes, place: Place, keep_old: bool) -> None:
         """Makes what is here as `name` the inode at one place. Raises OSError."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import struct
 from base64 import urlsafe_b64encode
@@ -43,6 +44,8 @@ class Links:
         self._stage = stage
         self._used = used
         self._never = [glob.strip("/").split("/") for glob in never]
+        # What each begins with before its first wildcard: for most paths this is all that there is to look at.
+        self._never_begin = tuple(os.fsencode(re.split(r"[*?[]", glob.strip("/"))[0]) for glob in never)
         self._reflink = reflink
 
     def locate(self, file: File) -> Locator:
@@ -51,7 +54,7 @@ class Links:
 
     def share(self, file: File) -> Adopted:
         """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
-        if self._never and any(self._is_never_shared(place.path) for place in file.places):
+        if any(place.path.startswith(self._never_begin) and self._is_never_shared(place.path) for place in file.places):
             raise Private("listed in never_link")
         wanted = Wanted(_locator(file), _has_metadata_of(file), lambda _fd: None, may_repeat=False, spared=self._used)
         while True:

@@ -394,8 +394,8 @@ EVERY_DAY = [
     *((STUB, armed) for armed in armed_names(OF_A_COMMIT)),
     *((LINK, armed) for armed in armed_names(OF_A_WORKER)),
     *((CLIENT, armed) for armed in armed_names(("share.half-swapped", "seal.done"))),
-    *((CHANGED_LINK, armed) for armed in armed_names(("share.linked", "seal.settled"))),
-    *((CHANGED_STUB, armed) for armed in armed_names(("share.half-swapped", "seal.shared"))),
+    (CHANGED_LINK, "share.linked=kill@1"),
+    (CHANGED_STUB, "share.half-swapped=kill@2"),
 ]
 ALL = [(how, f"{name}=kill@{at}") for how in HOWS for name in OF_A_COMMIT for at in _AT.get(name, (1,))]
 CASES = [*EVERY_DAY, *(pytest.param(*case, marks=pytest.mark.nightly) for case in ALL if case not in EVERY_DAY)]
