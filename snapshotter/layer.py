@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,21 +35,25 @@ class Found:
     """Of every directory, by its inode."""
 
 
-def finish(tree: Path, names: Names) -> Found:
+def finish(tree: Path, names: Names, number: int = 0, count: int = 1) -> Found:
     """Makes durable what the layer brought, counts it, and finds out which overlay features reading it takes.
 
-    Raises FailedPrecondition for an attribute of overlay's that it cannot have, and OSError.
+    Of a tree that nobody changes, `count` processes may each do the part of their `number` (`merged`). Raises
+    FailedPrecondition for an attribute of overlay's that it cannot have, and OSError.
     """
     tally = Tally()
     attributes: set[str] = set()
     with Syncer() as syncer:
         top = os.open(tree, OPEN_DIRECTORY)
-        syncer.add(top)
-        tally.add(os.fstat(top))
-        mtimes_ns = {os.fstat(top).st_ino: os.fstat(top).st_mtime_ns}
-        attributes.update(os.listxattr(top))
-        _check_known(os.listxattr(top), names, top, b".")
-        for entry in walk(top):
+        syncer.keep(top)
+        mtimes_ns = {}
+        if number == 0:
+            status = os.fstat(top)
+            tally.add(status)
+            mtimes_ns[status.st_ino] = status.st_mtime_ns
+            attributes.update(os.listxattr(top))
+            _check_known(attributes, names, top, b".")
+        for entry in walk(top, number, count):
             tally.add(entry.status)
             if entry.is_directory:
                 mtimes_ns[entry.status.st_ino] = entry.status.st_mtime_ns
@@ -67,6 +71,23 @@ def finish(tree: Path, names: Names) -> Found:
         not names.dead.isdisjoint(attributes),
         tally.apparent_bytes,
         tally.largest_bytes,
+        mtimes_ns,
+    )
+
+
+def merged(parts: Sequence[Found]) -> Found:
+    """What the parts found together."""
+    needs = NO_FEATURES
+    mtimes_ns: dict[int, int] = {}
+    for part in parts:
+        needs |= part.needs
+        mtimes_ns |= part.mtimes_ns
+    return Found(
+        Usage(sum(part.usage.size_bytes for part in parts), sum(part.usage.inodes for part in parts)),
+        needs,
+        any(part.has_dead_attributes for part in parts),
+        sum(part.apparent_bytes for part in parts),
+        max(part.largest_bytes for part in parts),
         mtimes_ns,
     )
 
@@ -138,6 +159,7 @@ class Syncer:
 
     def __init__(self) -> None:
         self._fds: list[int] = []
+        self._kept: list[int] = []
 
     def __enter__(self) -> Syncer:
         return self
@@ -146,10 +168,17 @@ class Syncer:
         try:
             if kind is None:
                 self._flush()
+                for fd in self._kept:
+                    os.fsync(fd)
         finally:
-            for fd in self._fds:
+            for fd in (*self._fds, *self._kept):
                 os.close(fd)
             self._fds.clear()
+            self._kept.clear()
+
+    def keep(self, fd: int) -> None:
+        """Takes over the descriptor of a directory, which stays open to the end."""
+        self._kept.append(fd)
 
     def add(self, fd: int) -> None:
         """Takes over the descriptor of a file or a directory, which is open until others were added."""

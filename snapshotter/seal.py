@@ -42,7 +42,7 @@ from snapshotter.overlay.trial import is_upper_in_use
 from snapshotter.root import Root
 from snapshotter.sharing import Sharing
 from snapshotter.walker import OPEN_DIRECTORY
-from snapshotter.workers.pool import Workers
+from snapshotter.workers.pool import WorkerDied, Workers
 
 log = structlog.get_logger()
 
@@ -176,10 +176,16 @@ class Sealer:
             f"snapshot {quote(target.key)} cannot be committed: its hard links keep changing; stop what writes there"
         )
 
+    def _finish(self, tree: Path, names: Names, does_not_change: bool) -> layer.Found:
+        if does_not_change:
+            with suppress(WorkerDied):
+                return layer.merged(self._workers.share_out(layer.finish, tree, names))
+        return self._workers.call(layer.finish, tree, names)
+
     def _in_place(self, target: Target, may_share: bool, names: Names) -> Layer:
         if not target.chain.ids:
             names = names.of_the_lowest_layer()  # if Commit gives it no parent, which `seal` will know
-        found = self._workers.call(layer.finish, self._root.fs(target.id), names)
+        found = self._finish(self._root.fs(target.id), names, does_not_change=may_share)
         strip = target.materialized or found.has_dead_attributes
         self._trash.discard(self._root.seal(target.id), f"{target.id}.seal")  # of a commit that failed
         planned = self._sharing.plan(target.id, strip, found) if may_share else None

@@ -55,13 +55,16 @@ class _Level:
     remaining: list[tuple[bytes, int, bool, bool]]
 
 
-def walk(top_fd: int) -> Iterator[Entry]:
+def walk(top_fd: int, number: int = 0, count: int = 1) -> Iterator[Entry]:
     """Every entry below an open directory, a directory before what is in it; `top_fd` stays the caller's.
 
-    What vanishes before it is looked at is left out. Raises OSError, also (ESTALE) when a directory
-    of a very deep tree was moved away while the walk was below it.
+    Of a tree that does not change, `count` walks together find everything once: each the inodes of its `number`.
+    What vanishes before it is looked at is left out. Raises OSError, also (ESTALE) when a directory of a very deep
+    tree was moved away while the walk was below it.
     """
     for found in walk_names(top_fd):
+        if found.inode % count != number:
+            continue
         try:
             status = os.stat(found.name, dir_fd=found.directory_fd, follow_symlinks=False)
         except FileNotFoundError:

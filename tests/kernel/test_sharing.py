@@ -1060,3 +1060,27 @@ def test_a_commit_without_files_makes_no_objects(host: Host) -> None:
     host.unpack("image", fill=nothing)
     host.commit_changes("child", "image", fill=lambda merged: (merged / "d").mkdir())
     assert objects(host) == []
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_where_an_inode_cannot_be_shared_its_extents_are(base: Path, kind: str) -> None:
+    content = os.urandom(8 << 20)
+
+    def fill(tree: Path) -> None:
+        for name in ("a", "b"):
+            (tree / name).write_bytes(content)
+            os.utime(tree / name, ns=(TIME_NS, TIME_NS))
+
+    with (
+        filesystem(kind, base, 1 << 30) as disk,
+        Host(base, root=disk / "root", dedup={"strategy": "hardlink"}) as host,
+    ):
+        host.unpack("image", fill=fill)
+        first, second = (host.layers("image")[0] / name for name in ("a", "b"))
+        assert not first.samefile(second)
+        assert first.read_bytes() == second.read_bytes() == content
+        for path in (first, second):
+            found = subprocess.run(["filefrag", "-v", path], check=True, capture_output=True, text=True).stdout
+            extents = [line for line in found.splitlines() if line.lstrip()[:1].isdigit()]
+            assert extents
+            assert all("shared" in line for line in extents), found

@@ -288,3 +288,18 @@ def test_usage_cache_shares_a_scan_and_forgets() -> None:
     assert cache.get(1, scan_now) == cache.get(1, scan_now) == Usage(1, 1)  # type: ignore[arg-type]
     cache.forget(1)  # type: ignore[arg-type]
     assert cache.get(1, scan_now) == Usage(2, 1)  # type: ignore[arg-type]
+
+
+def test_parts_of_a_tree_together_are_the_tree(base: Path) -> None:
+    tree = base / "tree"
+    for number in range(40):
+        (tree / f"d{number % 7}").mkdir(parents=True, exist_ok=True)
+        (tree / f"d{number % 7}" / f"f{number}").write_bytes(b"x" * number * 500)
+    os.link(tree / "d0" / "f0", tree / "d1" / "linked")
+    os.setxattr(tree / "d3", "trusted.overlay.redirect", b"/old")
+    os.setxattr(tree / "d4" / "f4", "trusted.overlay.origin", b"")
+    whole = layer.finish(tree, TRUSTED)
+    for count in (1, 2, 3, 5):
+        assert layer.merged([layer.finish(tree, TRUSTED, number, count) for number in range(count)]) == whole
+    assert whole.needs == Feature.REDIRECT_DIR
+    assert whole.has_dead_attributes
