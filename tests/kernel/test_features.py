@@ -1,7 +1,7 @@
 """Which overlay features there are, which are on, and what a store may be opened without.
 
 - `overlay.*` turns each off or on; what cannot be is refused at the start, in one line, with the kernel's reason.
-- A store is only opened by a daemon that has what its layers need to be read right (DESIGN I11); where just the
+- A store is only opened by a daemon that has what its layers need to be read right; where just the
   active snapshots need more, views work.
 - An upper is mounted with the features that it was made with, never with more.
 """

@@ -1,7 +1,7 @@
 """Hard links of an image are one file, whatever is done to one name of it.
 
 With index=on the kernel copies a hard-linked file up once, and names that nobody used find it through the index
-alone, which is gone after Commit (DESIGN I13). So for each thing that can be done to one name:
+alone, which is gone after Commit. So for each thing that can be done to one name:
 - the merged view shows what the same act shows in a plain directory, link counts included;
 - it shows the same after everything was unmounted and mounted again;
 - a child of the committed snapshot, and one of a layer on top of that, show it too, times and capabilities included.
