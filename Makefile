@@ -3,6 +3,7 @@
 PREFIX ?= /usr/local
 DESTDIR ?=
 PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
@@ -15,7 +16,7 @@ demo: setup-demo  ## run a real container on this snapshotter and leave nothing 
 	@$(PYTHON) -m tests.demo
 
 test: setup lint  ## lint, then all tests but the nightly ones (root)
-	@$(PYTHON) -m pytest
+	@$(PYTEST)
 
 setup:  ## install what is missing: Debian packages, and .venv with the project (root)
 	@deploy/setup.sh test
@@ -30,7 +31,7 @@ setup-bench:
 	@deploy/setup.sh bench
 
 nightly: setup  ## the tests again, with larger numbers (root)
-	@$(PYTHON) -m pytest --nightly
+	@$(PYTEST) --nightly
 
 conformance: setup  ## containerd's own snapshotter test suite (root)
 	@$(PYTHON) -m pytest tests/conformance

@@ -4,6 +4,8 @@
 - Tests marked `root` are skipped without root.
 - Where all tests are expected to run (CI=true), every skip is a failure.
 - A mount, a loop device or a process that the run left behind is an error at its end.
+- Each process that runs tests (pytest-xdist has several) has a mount namespace of its own: what one mounts is not in
+  the way of the other, and nothing of it reaches the host.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig.installation import Installation, installed
+from tests.rig.namespace import enter_private_mounts
 from tests.rig.roots import tear_down
 
 _RUN = "DEDUP_SNAPSHOTTER_TEST_RUN"
@@ -25,9 +28,17 @@ _RUN = "DEDUP_SNAPSHOTTER_TEST_RUN"
 _SETTLE_S = 10
 """The kernel, and other programs of the host, may need a moment."""
 
+_bases: list[Path] = []
+"""The directories that this process gave to its tests."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run the tests with larger numbers, too")
+
+
+def pytest_configure() -> None:
+    if os.geteuid() == 0:
+        enter_private_mounts()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -68,6 +79,7 @@ def _no_skip_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
 def base() -> Iterator[Path]:
     """A short-named directory that is not on a tmpfs: sockets and overlays fit into it."""
     directory = Path(tempfile.mkdtemp(prefix="dds-", dir="/var/tmp"))
+    _bases.append(directory)
     yield directory
     tear_down(directory)
 
@@ -83,9 +95,9 @@ def installation() -> Iterator[Installation]:
 def nothing_is_left_behind() -> Iterator[None]:
     """Compares mounts and loop devices, and looks for processes of this run."""
     os.environ[_RUN] = uuid.uuid4().hex
-    mounts, loops = _mounts(), _loop_devices()
+    mounts = _mounts()
     yield
-    left = _settled(lambda: [*sorted(_mounts() - mounts), *sorted(_loop_devices() - loops), *_processes()])
+    left = _settled(lambda: [*sorted(_mounts() - mounts), *_loop_devices(), *_processes()])
     if left:
         pytest.fail("the run left behind: " + "; ".join(left), pytrace=False)
 
@@ -104,13 +116,16 @@ def _mounts() -> set[str]:
     return {f"mount {words[0]} at {words[4]}" for words in map(str.split, lines)}
 
 
-def _loop_devices() -> set[str]:
-    found = set()
+def _loop_devices() -> list[str]:
+    """Of this process's tests."""
+    found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
-            found.add(f"{backing.parts[3]} of {backing.read_text().strip()}")
+            image = Path(backing.read_text().strip())
         except OSError:  # detached just now (sysfs answers ENOENT, ENODEV or ENXIO)
             continue
+        if any(image.is_relative_to(base) for base in _bases):
+            found.append(f"{backing.parts[3]} of {image}")
     return found
 
 

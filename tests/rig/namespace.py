@@ -12,6 +12,7 @@ when the test run itself is killed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,12 +21,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from snapshotter import linux
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 # The first process ignores SIGCHLD, so the kernel reaps the orphans that become its children (wait(2)).
 _FIRST_PROCESS = (
     "mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/containerd && echo ready && exec env --ignore-signal=CHLD cat"
 )
+
+
+_CLONE_NEWNS = 0x20000  # <linux/sched.h>
+_MS_PRIVATE = 1 << 18  # <sys/mount.h>
+
+
+def enter_private_mounts() -> None:
+    """Gives the calling thread, and what it starts from now on, a mount namespace of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        raise RigError(f"no private mount namespace: {os.strerror(ctypes.get_errno())}")
+    linux.mount("", "/", None, linux.MS_REC | _MS_PRIVATE, None)
 
 
 class RigError(Exception):
