@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from snapshotter import failpoint, linux
+from snapshotter.failpoint import Sync
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_NESTING = 128
@@ -24,11 +25,23 @@ class Stopped(Exception):
     """A long operation was asked to stop and did, between two steps."""
 
 
-def sync_directory(path: Path) -> None:
+def sync(fd: int, name: Sync) -> None:
+    """fsync(2). Under its `name` a test leaves it out (failpoint.py)."""
+    if not failpoint.is_left_out(name):
+        os.fsync(fd)
+
+
+def sync_filesystem(fd: int, name: Sync) -> None:
+    """syncfs(2): all that is dirty in the filesystem of an open file, other people's included."""
+    if not failpoint.is_left_out(name):
+        linux.syncfs(fd)
+
+
+def sync_directory(path: Path, name: Sync) -> None:
     """Makes the names in a directory durable."""
     fd = os.open(path, _DIRECTORY)
     try:
-        os.fsync(fd)
+        sync(fd, name)
     finally:
         os.close(fd)
 

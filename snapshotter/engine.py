@@ -26,7 +26,7 @@ from snapshotter.claims import Busy, Claims
 from snapshotter.config import DedupConfig, MountConfig, OverlayConfig
 from snapshotter.content.objects import collect_unused
 from snapshotter.content.share import Rules
-from snapshotter.durable import Stopped, sync_directory
+from snapshotter.durable import Stopped, sync, sync_directory
 from snapshotter.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -355,8 +355,8 @@ class Engine:
             if layers or target.materialized:
                 root.work(target.id).mkdir(mode=0o700)
             _dress(root.fs(target.id), root.fs(layers[0]) if layers else None, self._names)
-            sync_directory(root.directory(target.id))
-            sync_directory(root.snapshots)
+            sync_directory(root.directory(target.id), "sync.snapshot")
+            sync_directory(root.snapshots, "sync.snapshots")
         except FileNotFoundError as error:
             raise _parent_is_gone(want) from error
         except OSError as error:
@@ -541,6 +541,6 @@ def _dress(upper: Path, parent_tree: Path | None, names: Names) -> None:
                 copy_attributes(parent_fd, fd, names)
             finally:
                 os.close(parent_fd)
-        os.fsync(fd)
+        sync(fd, "sync.upper")
     finally:
         os.close(fd)

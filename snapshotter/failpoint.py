@@ -5,6 +5,9 @@ without the variable `hit` is one dictionary look-up. Actions: `kill` (SIGKILL t
 `die` (to the one process that is at the point), `error` (raises OSError EIO), `enospc`, `emlink`, `stall:SECONDS`;
 with "@3" behind it, only at the third time that a process is there. An armed name that is not in NAMES is
 refused, so that a test cannot silently test nothing.
+
+DEDUP_FAILPOINTS="sync.layer-files=skip;sync.stripped=skip" leaves out what durable.py would sync under these
+names, in the daemon and its workers: so a test shows that it would notice. The names are SYNCS.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import errno
 import os
 import signal
 import time
+from typing import Literal, get_args
 
 NAMES = frozenset({
     "prepare.after-directory",
@@ -57,11 +61,39 @@ NAMES = frozenset({
     "meta.before-batch",
 })  # fmt: skip
 
+Sync = Literal[
+    "sync.root",
+    "sync.root-parents",
+    "sync.metadata",
+    "sync.object-directories",
+    "sync.upper",
+    "sync.snapshot",
+    "sync.snapshots",
+    "sync.layer-files",
+    "sync.layer-directories",
+    "sync.plan",
+    "sync.plan-directory",
+    "sync.copy",
+    "sync.copies",
+    "sync.exchange",
+    "sync.stripped",
+    "sync.index",
+    "sync.refs-directory",
+    "sync.refs",
+    "sync.objects",
+    "sync.shared-directories",
+    "sync.sealed-barrier",
+]
+"""Every place where something is made durable."""
+SYNCS: frozenset[Sync] = frozenset(get_args(Sync))
+
 
 def _parse(text: str) -> dict[str, str]:
     armed = dict(item.split("=", 1) for item in text.split(";") if item)
-    if unknown := armed.keys() - NAMES:
+    if unknown := armed.keys() - NAMES - SYNCS:
         raise ValueError(f"unknown failpoint {', '.join(sorted(unknown))}")
+    if wrong := [name for name, action in armed.items() if (name in SYNCS) != (action == "skip")]:
+        raise ValueError(f"failpoint {wrong[0]}: unknown action {armed[wrong[0]]!r}")
     return armed
 
 
@@ -75,6 +107,11 @@ _hits: dict[str, int] = {}
 def also_kill(pid: int) -> None:
     """In a worker process: what kills it takes the daemon along, as a power cut would."""
     _victims.append(pid)
+
+
+def is_left_out(name: Sync) -> bool:
+    """Whether the environment asks for this to be left out; never, normally."""
+    return name in _armed
 
 
 def hit(name: str) -> None:

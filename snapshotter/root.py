@@ -122,22 +122,31 @@ def claim(path: Path) -> tuple[Root, RootLock]:
     try:
         if path.exists():
             _check_ours(path)
+        above = _missing_parents(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = RootLock(path)
         path.chmod(0o700)
-        for name in _DIRECTORIES:
-            (path / name).mkdir(mode=0o700, exist_ok=True)
+        made = [path / name for name in _DIRECTORIES if not (path / name).exists()]
+        for directory in made:
+            directory.mkdir(mode=0o700)
         for directory in (path, *(path / name for name in _DIRECTORIES)):
             _forget_default_acl(directory)
         _make_shards(path / "objects")
         # The merged root of a snapshot without a parent looks like this one.
         (path / "empty").chmod(0o755)
         _clear_spool(path / "spool")
-        sync_directory(path)
-        sync_directory(path.parent)
+        for directory in (*made, path):
+            sync_directory(directory, "sync.root")
+        for directory in (path.parent, *above):
+            sync_directory(directory, "sync.root-parents")
     except OSError as error:
         raise from_os_error(f"preparing root {path}", error) from error
     return Root(path), lock
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """The parents of those directories above the root that are still to be made."""
+    return [parent.parent for parent in path.parents if not parent.exists()]
 
 
 def _forget_default_acl(directory: Path) -> None:
@@ -154,7 +163,8 @@ def _make_shards(objects: Path) -> None:
     for name in missing:
         (objects / name).mkdir(mode=0o700)
     if missing:
-        sync_directory(objects)
+        # Each itself: with the first object in it.
+        sync_directory(objects, "sync.object-directories")
 
 
 def _clear_spool(spool: Path) -> None:

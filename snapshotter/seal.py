@@ -27,7 +27,7 @@ import structlog
 
 from snapshotter import clone, failpoint, layer, linux
 from snapshotter.content.plan import read_plan
-from snapshotter.durable import remove_tree, sync_directory
+from snapshotter.durable import remove_tree, sync, sync_directory
 from snapshotter.errors import Unavailable, quote
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
@@ -204,8 +204,8 @@ class Sealer:
                 )
                 failpoint.hit("copy.made")
                 found = self._workers.call(layer.finish, self._root.fs(new_id), self._names)
-                sync_directory(directory)
-                sync_directory(self._root.snapshots)
+                sync_directory(directory, "sync.copy")
+                sync_directory(self._root.snapshots, "sync.copies")
                 log.info("commit.copied", snapshot_key=target.key, id=target.id, copy=new_id)
                 yield Layer(new_id, found.usage, found.needs, sealing=False)
             except BaseException:
@@ -225,7 +225,7 @@ class Sealer:
         work = self._root.work(snapshot_id)
         if (work / "index").exists():
             remove_tree(work, "index", self._stopping)
-            sync_directory(work)
+            sync_directory(work, "sync.index")
 
     def _make_new_tree(self, snapshot_id: SnapshotId, names: Names) -> Usage:
         directory = self._root.directory(snapshot_id)
@@ -241,7 +241,7 @@ class Sealer:
         fd = os.open(directory, OPEN_DIRECTORY)
         try:
             linux.renameat2(fd, b"fs", fd, b"new", linux.RENAME_EXCHANGE)
-            os.fsync(fd)
+            sync(fd, "sync.exchange")
         finally:
             os.close(fd)
         log.info("commit.new_tree", id=snapshot_id)

@@ -107,7 +107,7 @@ class Sharing:
         if layout.is_resumed:
             self._clear_stages(snapshot_id, layout.tree)
         layout.refs.mkdir(mode=0o700, exist_ok=True)
-        sync_directory(layout.refs.parent)
+        sync_directory(layout.refs.parent, "sync.refs-directory")
         failpoint.hit("seal.sharing")
         outcome = Outcome()
         for part in self._workers.share_out(share, layout, rules):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snapshotter import failpoint
+from snapshotter.durable import sync
 from snapshotter.model import NO_EXTENT, Extent
 from snapshotter.root import SHARDS_OF_OBJECTS
 from snapshotter.walker import OPEN_DIRECTORY
@@ -97,7 +98,7 @@ class Objects:
     def sync(self) -> None:
         """Makes durable which objects there are. Raises OSError."""
         for shard in sorted(self._changed):
-            os.fsync(self._shards[shard])
+            sync(self._shards[shard], "sync.objects")
         self._changed.clear()
 
     @contextmanager

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from snapshotter import linux, mountinfo
-from snapshotter.durable import sync_directory
+from snapshotter import mountinfo
+from snapshotter.durable import sync, sync_directory, sync_filesystem
 from snapshotter.overlay.features import OF_STUBS, Feature
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
 
@@ -50,9 +50,9 @@ class Plan:
         with open(fd, "w") as stream:
             stream.write(text)
             stream.flush()
-            os.fsync(fd)
-        sync_directory(directory)
-        sync_directory(directory.parent)
+            sync(fd, "sync.plan")
+        sync_directory(directory, "sync.plan-directory")
+        sync_directory(directory.parent, "sync.plan-directory")
 
 
 def read_plan(directory: Path) -> Plan | None:
@@ -96,7 +96,7 @@ def settle(tree: Path, mtimes_ns: Mapping[int, int], was_interrupted: bool, in_o
                 finally:
                     os.close(fd)
         if not in_order:
-            linux.syncfs(top_fd)
+            sync_filesystem(top_fd, "sync.sealed-barrier")
     finally:
         os.close(top_fd)
 
@@ -108,4 +108,4 @@ def _settle_one(fd: int, mtimes_ns: Mapping[int, int], was_interrupted: bool) ->
         os.utime(fd, ns=(status.st_atime_ns, wanted_ns))
     elif not was_interrupted:
         return
-    os.fsync(fd)
+    sync(fd, "sync.shared-directories")

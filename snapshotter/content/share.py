@@ -22,6 +22,7 @@ from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import Links
 from snapshotter.content.objects import Adopted, Objects, TooManyLinks, release_unused
 from snapshotter.content.stubs import DIGEST, Stubs, ref_of, remove_mark
+from snapshotter.durable import sync
 from snapshotter.overlay.attributes import TRUSTED, USER, by_name
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
@@ -111,7 +112,7 @@ def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
             if name.is_file and name.inode % count == number:
                 sharer.visit(name)
         sharer.finish()
-        os.fsync(refs_fd)
+        sync(refs_fd, "sync.refs")
         objects.sync()
     return sharer.outcome
 
@@ -150,7 +151,7 @@ def clear_up(layout: Layout) -> None:
                         remove_mark(fd)
                 finally:
                     os.close(fd)
-        os.fsync(refs_fd)
+        sync(refs_fd, "sync.refs")
 
 
 def _strategy(layout: Layout, rules: Rules, objects: Objects, refs_fd: int, stage: Stage) -> Stubs | Links:

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from snapshotter import failpoint
+from snapshotter.durable import sync_directory
 from snapshotter.errors import FailedPrecondition, Internal, ResourceExhausted, SnapshotterError, Unavailable
 from snapshotter.meta import schema
 
@@ -89,6 +90,8 @@ class Store:
             self._env.reader_check()
             self._check_version(may_create)
             self._databases = self._open_databases()
+            # LMDB syncs its file, and not the directory that names it.
+            sync_directory(directory, "sync.metadata")
         except lmdb.Error as error:
             self._env.close()
             raise self._error("opening the metadata", error) from error
