@@ -130,12 +130,14 @@ class Sealer:
         return self._sharing.share(replace(record, usage=usage), below, planned, was_interrupted)
 
     def is_untidy(self, snapshot_id: SnapshotId) -> bool:
-        """Whether `tidy` might find something."""
-        return self._root.seal(snapshot_id).exists() or self._root.work(snapshot_id).exists()
+        """Whether `tidy` might find something. Raises OSError."""
+        return not {"fs", "refs"}.issuperset(os.listdir(self._root.directory(snapshot_id)))
 
     def tidy(self, snapshot_id: SnapshotId, kind: Kind) -> None:
         """Discards what sealing needed, once it is over or was not begun. Raises OSError."""
         if kind is Kind.COMMITTED:
+            # A power cut may undo the renames that ended an exchange, which nothing syncs.
+            self._finish_exchange(snapshot_id)
             self._trash.discard(self._root.work(snapshot_id), f"{snapshot_id}.work")
         self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
 
@@ -238,6 +240,8 @@ class Sealer:
             self._trash.discard(directory / "new", f"{snapshot_id}.new")
             raise
         failpoint.hit("seal.copied")
+        # The plan is about the old tree: it knows directories by their inodes.
+        self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
         fd = os.open(directory, OPEN_DIRECTORY)
         try:
             linux.renameat2(fd, b"fs", fd, b"new", linux.RENAME_EXCHANGE)

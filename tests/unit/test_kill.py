@@ -406,6 +406,18 @@ def check_mountpoints(root: Path, expected: set[str]) -> None:
     assert Counter(mounts_below(root)) == Counter(map(str, directories)), "one mount each, and no other"
 
 
+@pytest.mark.parametrize("name", ["new", "old"])
+def test_what_a_power_cut_brings_back_of_an_exchanged_tree_is_swept(base: Path, name: str) -> None:
+    """Beside the layer that took its place, and that is sealed: the rename to busy/ was not on the disk yet."""
+    contents = set_up(base / "root", "daemon")
+    lowest = min((base / "root" / "snapshots").iterdir(), key=lambda path: int(path.name))
+    tree = lowest / "new" if name == "new" else lowest / "old" / "fs"
+    tree.mkdir(parents=True)
+    (tree / "first").write_bytes(b"old")
+    with Daemon(base / "root", base / "s.sock", log=base / "log") as daemon:
+        check(base, daemon, BEFORE, contents, 0)
+
+
 def test_a_mountpoint_without_its_mount_cannot_be_written_to(base: Path) -> None:
     """Whichever kill came between making the directory and making it immutable."""
     set_up(base / "root", "daemon")

@@ -508,6 +508,18 @@ def test_another_layer_has_made_the_object_before_a_kill_was_made_good(base: Pat
             check_nothing_leaks(host, "layer", "base", "other")
 
 
+def test_a_kill_after_the_tree_was_exchanged_for_a_copy(base: Path, prepared: Prepared) -> None:
+    """What was set down for sharing the first tree means nothing to the other one, whose inodes are others."""
+    with armed(base, CHANGED_STUB, prepared, "seal.exchanged=kill") as host:
+        with host.running("container", "base") as merged:
+            change(merged)
+            with pytest.raises(SnapshotterError):
+                host.client.commit("layer", "container")
+            expect_killed(host)
+        disarm(host)
+        check_committed(host, CHANGED_STUB, prepared, "container")
+
+
 def test_a_kill_while_a_kill_is_made_good(base: Path) -> None:
     """Between a link and its rename, where there is no failpoint."""
     tree, stage = base / "tree", base / "stage"
