@@ -40,6 +40,7 @@ from snapshotter.filters import compile_filters
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
 from snapshotter.meta import snapshots
+from snapshotter.meta.check import check
 from snapshotter.meta.schema import SCHEMA_VERSION, Record
 from snapshotter.meta.snapshots import Layer, StillSealing
 from snapshotter.meta.store import Store, Tx
@@ -99,20 +100,24 @@ class Engine:
         dedup = dedup or DedupConfig()
         self._root = root
         self._stop = threading.Event()
-        self._probe, switches = features.settle(root.spool, mount, overlay)
-        self._store = Store(root.metadata, may_create=not any(root.snapshots.iterdir()))
+        # Whatever may refuse the root comes first, and changes nothing.
         self._workers = Workers(keep_open)
+        self._probe, switches = features.settle(root.spool, mount, overlay)
+        strategy = features.strategy(dedup.strategy, mount.mode, switches)
+        check(root.metadata, self._workers)
+        self._store = Store(root.metadata, may_create=not any(root.snapshots.iterdir()))
+        with self._store.read() as tx:
+            records = list(snapshots.every(tx))
+            self._ids = Ids(root, snapshots.next_id(tx))
+        self._lacking = features.check_store(records, switches)
         self._trash = Trash(root.trash, root.objects, self._workers)
         self._mounter = Mounter(root, mount.mode, switches, layer_by_layer="lowerdir_plus" in switches.on)
         self._usage = UsageCache()
         self._claims = Claims()
-        with self._store.read() as tx:
-            records = list(snapshots.every(tx))
-            self._ids = Ids(root, snapshots.next_id(tx))
         self._names = switches.attribute_names()
         trial = trial_switches(self._probe)
         self._rules = Rules(
-            features.strategy(dedup.strategy, mount.mode, switches),
+            strategy,
             dedup.stub_min_bytes,
             dedup.never_link,
             "reflink" in switches.on,
@@ -129,7 +134,6 @@ class Engine:
             self._workers,
             self._stop.is_set,
         )
-        self._lacking = features.check_store(records, switches)
         self._mounter.adopt({record.id: record.kind for record in records})
         self._sweep()
         half_done = [record.id for record in records if record.sealing]

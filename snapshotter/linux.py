@@ -22,6 +22,8 @@ _libc.renameat2.argtypes = [
 ]  # fmt: skip
 _libc.syscall.restype = ctypes.c_long
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.opendir.restype = ctypes.c_void_p
+_libc.readdir.argtypes = _libc.closedir.argtypes = [ctypes.c_void_p]
 
 # <sys/mount.h>
 MS_RDONLY = 1
@@ -188,6 +190,32 @@ def dedupe_range(source_fd: int, target_fd: int, size_bytes: int) -> None:
         if status != 0 or not deduped_bytes:
             raise OSError(-status if status < 0 else errno.EINVAL, "files differ or cannot share extents")
         at += deduped_bytes
+
+
+class _Dirent(ctypes.Structure):
+    """struct dirent of readdir(3), where off_t and ino_t have 64 bits."""
+
+    _fields_ = (
+        ("d_ino", ctypes.c_uint64),
+        ("d_off", ctypes.c_int64),
+        ("d_reclen", ctypes.c_ushort),
+        ("d_type", ctypes.c_ubyte),
+    )
+
+
+_libc.readdir.restype = ctypes.POINTER(_Dirent)
+
+
+def type_of_first_entry(directory: str) -> int:
+    """readdir(3): d_type of an entry, "." at least. os.scandir asks stat(2) where the filesystem does not know."""
+    stream = _libc.opendir(os.fsencode(directory))
+    _check(0 if stream else -1, directory)
+    try:
+        entry = _libc.readdir(stream)
+        _check(0 if entry else -1, directory)
+        return int(entry.contents.d_type)
+    finally:
+        _libc.closedir(stream)
 
 
 def get_inode_flags(fd: int) -> int:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snapshotter.errors import FailedPrecondition, InvalidArgument, from_os_error
+from snapshotter.place import check_ancestors
 
 _SUN_PATH_BYTES = 107
 """unix(7): sun_path has 108 bytes, and a NUL ends it."""
@@ -41,9 +42,11 @@ def claimed(path: Path) -> Iterator[None]:
     """Holds a socket path for this process: free and bindable when the block begins, gone when it ends.
 
     Makes missing parents 0700. Raises FailedPrecondition when a server answers there, another
-    daemon is about to bind, or something that is no socket is in the way.
+    daemon is about to bind, or something that is no socket is in the way, PermissionDenied where another user could
+    put a socket of their own in its place.
     """
     try:
+        check_ancestors(path)
         _make_parents(path.parent)
         lock = _lock(path.with_name(path.name + ".lock"), path)
     except OSError as error:

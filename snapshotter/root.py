@@ -28,10 +28,14 @@ import stat
 import time
 from pathlib import Path
 
-from snapshotter import linux, mountinfo
+import structlog
+
+from snapshotter import linux, mountinfo, place
 from snapshotter.durable import remove_tree, sync_directory
 from snapshotter.errors import FailedPrecondition, InvalidArgument, PermissionDenied, from_os_error, quote
 from snapshotter.model import SnapshotId
+
+log = structlog.get_logger()
 
 _DIRECTORIES = ("metadata", "snapshots", "objects", "mounts", "busy", "empty", "trash", "spool")
 _WORKERS_END_S = 1.0
@@ -116,19 +120,23 @@ def claim(path: Path) -> tuple[Root, RootLock]:
     """Makes or adopts the root at an absolute path and locks it.
 
     Raises InvalidArgument for a path that overlay options cannot hold, FailedPrecondition for a
-    directory that is somebody else's or locked, PermissionDenied unless we own it.
+    directory that is somebody else's, damaged or locked, or on a filesystem that cannot hold it, PermissionDenied
+    unless it is ours and nobody else can replace it; then nothing has changed.
     """
     _check_path(path)
     try:
         if path.exists():
             _check_ours(path)
+        place.check_ancestors(path)
+        place.check_filesystem(path)
         above = _missing_parents(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = RootLock(path)
-        path.chmod(0o700)
         made = [path / name for name in _DIRECTORIES if not (path / name).exists()]
         for directory in made:
             directory.mkdir(mode=0o700)
+        for directory in (path, *(path / name for name in _DIRECTORIES if name != "empty")):
+            _make_private(directory)
         for directory in (path, *(path / name for name in _DIRECTORIES)):
             _forget_default_acl(directory)
         _make_shards(path / "objects")
@@ -147,6 +155,14 @@ def claim(path: Path) -> tuple[Root, RootLock]:
 def _missing_parents(path: Path) -> list[Path]:
     """The parents of those directories above the root that are still to be made."""
     return [parent.parent for parent in path.parents if not parent.exists()]
+
+
+def _make_private(directory: Path) -> None:
+    """Mended and not refused: all containers of the host need the daemon, and nothing was lost."""
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    if mode != 0o700:
+        log.warning("root.made_private", directory=str(directory), mode_before=f"{mode:04o}")
+        directory.chmod(0o700)
 
 
 def _forget_default_acl(directory: Path) -> None:
@@ -180,6 +196,9 @@ def _clear_spool(spool: Path) -> None:
 def _check_path(path: Path) -> None:
     if not path.is_absolute():
         raise InvalidArgument(f"root {path} is not an absolute path")
+    if path.resolve() != path:
+        # The kernel shows mounts by their real paths.
+        raise InvalidArgument(f"root {path} leads through a symbolic link or ..; name {path.resolve()} instead")
     if unsafe := sorted(set(str(path)) & set(_UNSAFE)):
         raise InvalidArgument(
             f"root {quote(str(path))} contains {quote(''.join(unsafe))}, which mount options cannot hold"
@@ -197,3 +216,19 @@ def _check_ours(path: Path) -> None:
         raise FailedPrecondition(
             f"root {path} is not empty and was not made by dedup-snapshotter; name an empty directory"
         )
+    snapshots, metadata = path / "snapshots", path / "metadata"
+    # They would be taken for leftovers.
+    if snapshots.is_dir() and any(snapshots.iterdir()) and _is_missing(metadata / "data.mdb"):
+        raise metadata_is_lost(metadata)
+
+
+def _is_missing(file: Path) -> bool:
+    return not file.exists() or (file.is_file() and not file.stat().st_size)
+
+
+def metadata_is_lost(metadata: Path) -> FailedPrecondition:
+    """The error to raise where there are snapshots without metadata."""
+    return FailedPrecondition(
+        f"the metadata in {metadata} is lost, but there are snapshots beside it: restore it, or empty the root to "
+        "begin anew"
+    )

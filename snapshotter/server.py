@@ -79,6 +79,7 @@ def _run(config: Config) -> int:
     if os.geteuid() != 0:
         raise PermissionDenied("must run as root: overlay mounts and trusted.* attributes need it")
     address = listener.parse(config.address)
+    os.umask(0o022)  # whatever the starter's is
     _raise_descriptor_limit()
     root, lock = claim(Path(config.root))
     try:

@@ -40,10 +40,12 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from snapshotter.errors import FailedPrecondition
 from snapshotter.model import NO_USAGE, Info, Kind, SnapshotId, Usage
 from snapshotter.overlay.features import NO_FEATURES, Feature
 
@@ -101,6 +103,15 @@ class Facts:
     """Files that were not shared, by reason."""
     many_names: Mapping[str, int] = field(default_factory=dict)
     """Of refs to objects that are files of the tree under several names: how many."""
+
+
+def refuse_newer(version: int, directory: Path) -> None:
+    """Raises FailedPrecondition."""
+    if version > SCHEMA_VERSION:
+        raise FailedPrecondition(
+            f"the metadata in {directory} has schema version {version}, this program knows {SCHEMA_VERSION}: it was "
+            "written by a newer dedup-snapshotter; run that one"
+        )
 
 
 def key_digest(name: str) -> bytes:

@@ -28,8 +28,9 @@ import lmdb
 
 from snapshotter import failpoint
 from snapshotter.durable import sync_directory
-from snapshotter.errors import FailedPrecondition, Internal, ResourceExhausted, SnapshotterError, Unavailable
+from snapshotter.errors import Internal, ResourceExhausted, SnapshotterError, Unavailable
 from snapshotter.meta import schema
+from snapshotter.root import metadata_is_lost
 
 MAP_BYTES = 1 << 40
 _MAX_READERS = 1024
@@ -150,15 +151,8 @@ class Store:
     def _check_version(self, may_create: bool) -> None:
         version = self._stored_version()
         if version is None and not may_create:
-            raise FailedPrecondition(
-                f"the metadata in {self._directory} is lost, but there are snapshots beside it: restore it, or empty "
-                "the root to begin anew"
-            )
-        if version is not None and version > schema.SCHEMA_VERSION:
-            raise FailedPrecondition(
-                f"the metadata in {self._directory} has schema version {version}, this program knows "
-                f"{schema.SCHEMA_VERSION}: it was written by a newer dedup-snapshotter; run that one"
-            )
+            raise metadata_is_lost(self._directory)
+        schema.refuse_newer(version or 0, self._directory)
 
     def _stored_version(self) -> int | None:
         try:
@@ -178,7 +172,8 @@ class Store:
             while version < schema.SCHEMA_VERSION:
                 schema.MIGRATIONS[version](tx)
                 version += 1
-            txn.put(b"version", schema.encode_u32(version), db=databases["store"])
+            if found != schema.encode_u32(version):  # a start that changes nothing writes nothing
+                txn.put(b"version", schema.encode_u32(version), db=databases["store"])
         return databases
 
     def _write_loop(self) -> None:
