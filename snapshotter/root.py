@@ -117,13 +117,15 @@ def _lock(fd: int) -> None:
 
 
 def claim(path: Path) -> tuple[Root, RootLock]:
-    """Makes or adopts the root at an absolute path and locks it.
+    """Makes or adopts the root at an absolute path and locks it; symbolic links on the way are followed.
 
     Raises InvalidArgument for a path that overlay options cannot hold, FailedPrecondition for a
     directory that is somebody else's, damaged or locked, or on a filesystem that cannot hold it, PermissionDenied
     unless it is ours and nobody else can replace it; then nothing has changed.
     """
-    _check_path(path)
+    _check_absolute(path)
+    path = Path(os.path.realpath(path))  # by which the kernel shows mounts
+    _check_characters(path)
     try:
         if path.exists():
             _check_ours(path)
@@ -193,12 +195,12 @@ def _clear_spool(spool: Path) -> None:
         remove_tree(spool, entry.name, lambda: False)
 
 
-def _check_path(path: Path) -> None:
+def _check_absolute(path: Path) -> None:
     if not path.is_absolute():
         raise InvalidArgument(f"root {path} is not an absolute path")
-    if path.resolve() != path:
-        # The kernel shows mounts by their real paths.
-        raise InvalidArgument(f"root {path} leads through a symbolic link or ..; name {path.resolve()} instead")
+
+
+def _check_characters(path: Path) -> None:
     if unsafe := sorted(set(str(path)) & set(_UNSAFE)):
         raise InvalidArgument(
             f"root {quote(str(path))} contains {quote(''.join(unsafe))}, which mount options cannot hold"

@@ -445,3 +445,16 @@ def test_commits_in_client_mode(base: Path, still: str) -> None:
         host.client.cleanup()
         assert os.listdir(host.root / "busy") == os.listdir(host.root / "trash") == []
         assert len(os.listdir(host.root / "snapshots")) == 3
+
+
+def test_a_root_behind_a_symbolic_link_is_served_at_its_real_path(base: Path) -> None:
+    (base / "real").mkdir()
+    (base / "link").symlink_to("real")
+    with Host(base, root=base / "link/root") as host:
+        host.unpack("layer", fill=lambda tree: (tree / "file").write_text("x"))
+        with host.running("key", "layer") as merged:
+            assert (merged / "file").read_text() == "x"
+        assert host.materialized("key").is_relative_to(base / "real")
+        host.restart()
+        with host.again("key") as merged:
+            assert (merged / "file").read_text() == "x"

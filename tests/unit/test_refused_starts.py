@@ -292,14 +292,6 @@ def test_a_read_only_filesystem(base: Path, daemon: Daemon) -> None:
         assert_refused(other(base, place_ / "new"), "read-only")
 
 
-@pytest.mark.parametrize("where", ["root", "above"])
-def test_a_symbolic_link(base: Path, daemon: Daemon, where: str) -> None:
-    """The kernel names mounts by their real paths: links would make the daemon look for them in vain."""
-    (base / "link").symlink_to(base / ("root" if where == "root" else "."))
-    path = base / "link" if where == "root" else base / "link/root"
-    assert_refused(other(base, path), "symbolic link", f"name {daemon.root} instead")
-
-
 def test_a_file(base: Path) -> None:
     (base / "other").write_text("mine")
     assert "not a directory" in refusal(other(base))
