@@ -62,6 +62,7 @@ class DaemonInfo:
     mount_mode: str
     namespace_reach: str
     dedup_strategy: str
+    durability: str
     features: tuple[Feature, ...]
 
 

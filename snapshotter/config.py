@@ -20,6 +20,8 @@ DEFAULT_PATH = Path("/etc/dedup-snapshotter/config.toml")
 MOUNT_MODES = ("daemon", "client")
 SWITCH_SETTINGS = ("auto", "on", "off")
 
+DURABILITIES = ("full", "metadata", "none")
+
 STRATEGIES = ("auto", "stub", "hardlink", "off")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -72,6 +74,7 @@ class DedupConfig:
 class Config:
     root: str = "/var/lib/dedup-snapshotter"
     address: str = "/run/dedup-snapshotter/dedup-snapshotter.sock"
+    durability: str = field(default="full", metadata={"choices": DURABILITIES})
     mount: MountConfig = field(default_factory=MountConfig)
     overlay: OverlayConfig = field(default_factory=OverlayConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)

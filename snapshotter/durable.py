@@ -1,8 +1,8 @@
 """Changes to directories that survive a power cut, and the removal of untrusted trees.
 
 What makes a thing durable: a file's data and inode by fsync of the file, its name by fsync of the
-directory (fsync(2)). Symlinks, devices and fifos cannot be opened for that; the fsync of their
-directory commits them with it on ext4, XFS and btrfs.
+directory (fsync(2)). Symlinks, devices and fifos cannot be opened for that: their names become durable with their
+directory, their owners, times and attributes only with all that was changed before (`sync_names`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from snapshotter import failpoint, linux
+from snapshotter import failpoint, linux, mountinfo
 from snapshotter.failpoint import Sync
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_NESTING = 128
+
+FULL = "full"
+METADATA = "metadata"
+NONE = "none"
+"""What of a layer is durable when Commit answers (config.Config.durability): all; names and attributes; nothing."""
 
 
 class Stopped(Exception):
@@ -42,6 +47,37 @@ def sync_directory(path: Path, name: Sync) -> None:
     fd = os.open(path, _DIRECTORY)
     try:
         sync(fd, name)
+    finally:
+        os.close(fd)
+
+
+def keeps_order(directory: Path) -> bool:
+    """Whether the filesystem makes changes of names and attributes durable in the order in which they were made: those
+    that write them to a journal do."""
+    filesystem = mountinfo.filesystem_of(directory)
+    if filesystem != "ext4":
+        return filesystem == "xfs"
+    status = os.stat(directory)
+    device = Path(f"/sys/dev/block/{os.major(status.st_dev)}:{os.minor(status.st_dev)}").resolve().name
+    try:
+        return Path("/sys/fs/ext4", device, "journal_task").read_text().strip() != "<none>"
+    except OSError:
+        return False
+
+
+def sync_names(directory: Path, in_order: bool, name: Sync) -> None:
+    """Makes durable every name and attribute that was changed up to now on the filesystem of a directory of ours.
+
+    `in_order`: they become durable before a last change, to the directory's times, does (`keeps_order`), so that is
+    synced. Otherwise it is the whole filesystem, the contents of files included.
+    """
+    fd = os.open(directory, _DIRECTORY)
+    try:
+        if in_order:
+            os.utime(fd)
+            sync(fd, name)
+        else:
+            sync_filesystem(fd, name)
     finally:
         os.close(fd)
 

@@ -11,6 +11,7 @@ future, since it may wait for a long deletion.
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ from snapshotter.claims import Busy, Claims
 from snapshotter.config import DedupConfig, MountConfig, OverlayConfig
 from snapshotter.content.objects import collect_unused
 from snapshotter.content.share import Rules
-from snapshotter.durable import Stopped, sync, sync_directory
+from snapshotter.durable import FULL, Stopped, sync, sync_directory
 from snapshotter.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -80,6 +81,7 @@ class Status:
     switched_on: frozenset[str]
     strategy: str
     """How files are shared: "stub", "hardlink" or "off"."""
+    durability: str
 
 
 class Engine:
@@ -91,6 +93,7 @@ class Engine:
         mount: MountConfig,
         overlay: OverlayConfig,
         dedup: DedupConfig | None = None,
+        durability: str = FULL,
         keep_open: Sequence[int] = (),
     ) -> None:
         """`keep_open`: descriptors that worker processes hold (workers.pool).
@@ -121,6 +124,8 @@ class Engine:
             dedup.stub_min_bytes,
             dedup.never_link,
             "reflink" in switches.on,
+            durability,
+            run=secrets.token_hex(16),
         )
         self._sealer = Sealer(
             root,
@@ -131,6 +136,7 @@ class Engine:
             trial,
             Sharing(root, self._rules, self._workers, self._stop.is_set),
             self._rules.reflink,
+            durability,
             self._workers,
             self._stop.is_set,
         )
@@ -182,7 +188,7 @@ class Engine:
         return self._settled(act)
 
     def commit(self, want: Commitment) -> None:
-        """Turns an active snapshot into a committed one; when this returns, the layer is durable.
+        """Turns an active snapshot into a committed one; when this returns, the layer is as durable as configured.
 
         Raises Busy when another call has the snapshot. What has it mounted sees it read-only from now on.
         """
@@ -271,6 +277,7 @@ class Engine:
             self._probe.missing,
             self._mounter.switched_on(),
             self._rules.strategy,
+            self._rules.durability,
         )
 
     def space(self, now: bool) -> Space:

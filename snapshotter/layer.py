@@ -35,17 +35,21 @@ class Found:
     largest_bytes: int
     mtimes_ns: dict[int, int]
     """Of every directory, by its inode."""
+    is_all_synced: bool
+    """Whether each inode was synced by itself, which those of symlinks, devices and fifos cannot be."""
 
 
-def finish(tree: Path, names: Names, number: int = 0, count: int = 1) -> Found:
-    """Makes durable what the layer brought, counts it, and finds out which overlay features reading it takes.
+def finish(tree: Path, names: Names, may_sync: bool = True, number: int = 0, count: int = 1) -> Found:
+    """Makes durable what the layer brought, with `may_sync`, counts it, and finds out which overlay features reading it
+    takes.
 
     Of a tree that nobody changes, `count` processes may each do the part of their `number` (`merged`). Raises
     FailedPrecondition for an attribute of overlay's that it cannot have, and OSError.
     """
     tally = Tally()
     attributes: set[str] = set()
-    with Syncer() as syncer:
+    is_all_synced = may_sync
+    with Syncer(may_sync) as syncer:
         top = os.open(tree, OPEN_DIRECTORY)
         syncer.keep(top)
         mtimes_ns = {}
@@ -59,6 +63,7 @@ def finish(tree: Path, names: Names, number: int = 0, count: int = 1) -> Found:
             tally.add(entry.status)
             if entry.is_directory:
                 mtimes_ns[entry.status.st_ino] = entry.status.st_mtime_ns
+            is_all_synced &= entry.is_file or entry.is_directory
             found = _examine(entry, syncer)
             _check_known(found, names, entry.directory_fd, entry.name)
             attributes.update(found)
@@ -74,6 +79,7 @@ def finish(tree: Path, names: Names, number: int = 0, count: int = 1) -> Found:
         tally.apparent_bytes,
         tally.largest_bytes,
         mtimes_ns,
+        is_all_synced,
     )
 
 
@@ -91,15 +97,16 @@ def merged(parts: Sequence[Found]) -> Found:
         sum(part.apparent_bytes for part in parts),
         max(part.largest_bytes for part in parts),
         mtimes_ns,
+        all(part.is_all_synced for part in parts),
     )
 
 
-def strip(tree: Path, names: Names) -> Usage:
-    """Removes the dead upper's attributes from every inode, durably; what the tree costs without them."""
+def strip(tree: Path, names: Names, may_sync: bool) -> Usage:
+    """Removes the dead upper's attributes from every inode, with `may_sync` durably; what the tree then costs."""
     tally = Tally()
     top = os.open(tree, OPEN_DIRECTORY)
     try:
-        with Syncer() as syncer:
+        with Syncer(may_sync) as syncer:
             if _strip(by_name(top, b"."), names):
                 syncer.add(os.dup(top), "sync.stripped")
             tally.add(os.fstat(top))
@@ -159,7 +166,9 @@ def open_entry(entry: Entry) -> int:
 class Syncer:
     """Starts the writeback of many files before it waits for each: half the time of fsync one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_sync: bool) -> None:
+        """Without `may_sync` it only closes what it is given."""
+        self._may_sync = may_sync
         self._fds: list[tuple[int, Sync]] = []
         self._kept: list[int] = []
 
@@ -170,7 +179,7 @@ class Syncer:
         try:
             if kind is None:
                 self._flush()
-                for fd in self._kept:
+                for fd in self._kept if self._may_sync else ():
                     sync(fd, "sync.layer-directories")
         finally:
             for fd in (*(fd for fd, _ in self._fds), *self._kept):
@@ -189,8 +198,10 @@ class Syncer:
             self._flush()
 
     def _flush(self) -> None:
-        for fd, _ in self._fds:
-            sync_file_range_start(fd)
+        if self._may_sync:
+            for fd, _ in self._fds:
+                sync_file_range_start(fd)
         while self._fds:
-            sync(*self._fds[-1])
+            if self._may_sync:
+                sync(*self._fds[-1])
             os.close(self._fds.pop()[0])

@@ -145,7 +145,7 @@ def claim(path: Path) -> tuple[Root, RootLock]:
         # The merged root of a snapshot without a parent looks like this one.
         (path / "empty").chmod(0o755)
         _clear_spool(path / "spool")
-        for directory in (*made, path):
+        for directory in {*made, path / "objects", path}:
             sync_directory(directory, "sync.root")
         for directory in (path.parent, *above):
             sync_directory(directory, "sync.root-parents")
@@ -177,12 +177,9 @@ def _forget_default_acl(directory: Path) -> None:
 
 
 def _make_shards(objects: Path) -> None:
-    missing = SHARDS_OF_OBJECTS.difference(os.listdir(objects))
-    for name in missing:
+    """Each is durable itself with the first object in it."""
+    for name in SHARDS_OF_OBJECTS.difference(os.listdir(objects)):
         (objects / name).mkdir(mode=0o700)
-    if missing:
-        # Each itself: with the first object in it.
-        sync_directory(objects, "sync.object-directories")
 
 
 def _clear_spool(spool: Path) -> None:

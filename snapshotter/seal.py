@@ -1,6 +1,7 @@
 """From upper to layer.
 
-    before the commit point   hard links completed, the mount frozen, the tree durable (`finished`)
+    before the commit point   hard links completed, the mount frozen, the tree durable (`finished`, unless configured
+                              otherwise)
     after it                  unmounted, nothing of the dead upper left in the layer, its files shared (`seal`)
 
 The upper becomes the layer in place when nobody else has it, which a trial mount tells. Otherwise the
@@ -26,8 +27,8 @@ from pathlib import Path
 import structlog
 
 from snapshotter import clone, failpoint, layer, linux
-from snapshotter.content.plan import read_plan
-from snapshotter.durable import remove_tree, sync, sync_directory
+from snapshotter.content.plan import Plan, read_plan
+from snapshotter.durable import FULL, NONE, keeps_order, remove_tree, sync, sync_directory, sync_names
 from snapshotter.errors import Unavailable, quote
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
@@ -63,10 +64,12 @@ class Sealer:
         trial: Mapping[str, str | None] | None,
         sharing: Sharing,
         reflink: bool,
+        durability: str,
         workers: Workers,
         stopping: Callable[[], bool],
     ) -> None:
-        """`trial`: how to ask the kernel whether an upper is in use (overlay.trial), None if it cannot tell."""
+        """`trial`: how to ask the kernel whether an upper is in use (overlay.trial), None if it cannot tell.
+        `durability`: durable.FULL or the like."""
         self._root = root
         self._mounter = mounter
         self._trash = trash
@@ -75,12 +78,14 @@ class Sealer:
         self._trial = trial
         self._sharing = sharing
         self._reflink = reflink
+        self._durability = durability
+        self._in_order = keeps_order(root.path)
         self._workers = workers
         self._stopping = stopping
 
     @contextmanager
     def finished(self, target: Target) -> Iterator[Layer]:
-        """The durable tree that the active snapshot is to become; the block is the commit point.
+        """The tree that the active snapshot is to become, as durable as configured; the block is the commit point.
 
         When the block raises, the snapshot is mounted and writable as before. Raises Unavailable, durable.Stopped,
         OSError.
@@ -110,18 +115,25 @@ class Sealer:
     def seal(self, record: Record, below: Sequence[SnapshotId]) -> Sealed:
         """Makes the tree of a committed snapshot, which stands on the layers `below`, a layer and nothing but.
         Raises OSError."""
+        planned = read_plan(self._root.seal(record.id))
+        durability = planned.durability if planned else self._durability
+        sealed = self._seal(record, below, planned, durability == FULL)
+        if durability != NONE:
+            sync_names(self._root.directory(record.id), self._in_order, "sync.sealed-barrier")
+        return sealed
+
+    def _seal(self, record: Record, below: Sequence[SnapshotId], planned: Plan | None, may_sync: bool) -> Sealed:
         snapshot_id = record.id
         names = self._names_for(is_lowest=not below)
         self._mounter.release(snapshot_id, wait=True)
         failpoint.hit("seal.unmounted")
         self._finish_exchange(snapshot_id)
         if self._in_use(self._root.fs(snapshot_id)):
-            return Sealed(self._make_new_tree(snapshot_id, names), record.features, None)
-        planned = read_plan(self._root.seal(snapshot_id))
+            return Sealed(self._make_new_tree(snapshot_id, names, may_sync), record.features, None)
         was_interrupted = self._sharing.was_begun(snapshot_id)
         usage = record.usage
         if planned is None or planned.strip:
-            stripped = self._workers.call(layer.strip, self._root.fs(snapshot_id), names)
+            stripped = self._workers.call(layer.strip, self._root.fs(snapshot_id), names, may_sync)
             usage = record.usage if was_interrupted else stripped
             self._drop_index(snapshot_id)
         failpoint.hit("seal.stripped")
@@ -179,10 +191,16 @@ class Sealer:
         )
 
     def _finish(self, tree: Path, names: Names, does_not_change: bool) -> layer.Found:
+        may_sync = self._durability == FULL
         if does_not_change:
             with suppress(WorkerDied):
-                return layer.merged(self._workers.share_out(layer.finish, tree, names))
-        return self._workers.call(layer.finish, tree, names)
+                return layer.merged(self._workers.share_out(layer.finish, tree, names, may_sync))
+        return self._workers.call(layer.finish, tree, names, may_sync)
+
+    def _sync_names(self, snapshot_id: SnapshotId, found: layer.Found) -> None:
+        """The last before the commit point."""
+        if self._durability != NONE:
+            sync_names(self._root.directory(snapshot_id), self._in_order or found.is_all_synced, "sync.layer-barrier")
 
     def _in_place(self, target: Target, may_share: bool, names: Names) -> Layer:
         if not target.chain.ids:
@@ -192,6 +210,7 @@ class Sealer:
         self._trash.discard(self._root.seal(target.id), f"{target.id}.seal")  # of a commit that failed
         planned = self._sharing.plan(target.id, strip, found) if may_share else None
         needs = planned.may_need() if planned else found.needs
+        self._sync_names(target.id, found)
         return Layer(target.id, found.usage, needs, sealing=strip or planned is not None)
 
     @contextmanager
@@ -205,8 +224,8 @@ class Sealer:
                     clone.copy_tree, self._root.fs(target.id), self._root.fs(new_id), names, self._reflink
                 )
                 failpoint.hit("copy.made")
-                found = self._workers.call(layer.finish, self._root.fs(new_id), self._names)
-                sync_directory(directory, "sync.copy")
+                found = self._finish(self._root.fs(new_id), self._names, does_not_change=False)
+                self._sync_names(new_id, found)
                 sync_directory(self._root.snapshots, "sync.copies")
                 log.info("commit.copied", snapshot_key=target.key, id=target.id, copy=new_id)
                 yield Layer(new_id, found.usage, found.needs, sealing=False)
@@ -227,15 +246,16 @@ class Sealer:
         work = self._root.work(snapshot_id)
         if (work / "index").exists():
             remove_tree(work, "index", self._stopping)
-            sync_directory(work, "sync.index")
 
-    def _make_new_tree(self, snapshot_id: SnapshotId, names: Names) -> Usage:
+    def _make_new_tree(self, snapshot_id: SnapshotId, names: Names, may_sync: bool) -> Usage:
         directory = self._root.directory(snapshot_id)
         try:
             self._workers.call_once(
                 clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._reflink
             )
-            usage = self._workers.call(layer.finish, directory / "new", names).usage
+            found = self._workers.call(layer.finish, directory / "new", names, may_sync)
+            if may_sync:
+                sync_names(directory, self._in_order or found.is_all_synced, "sync.new-tree")
         except BaseException:
             self._trash.discard(directory / "new", f"{snapshot_id}.new")
             raise
@@ -251,7 +271,7 @@ class Sealer:
         log.info("commit.new_tree", id=snapshot_id)
         failpoint.hit("seal.exchanged")
         self._finish_exchange(snapshot_id)
-        return usage
+        return found.usage
 
     def _finish_exchange(self, snapshot_id: SnapshotId) -> None:
         """What is called "new" is either half a new tree, whose making was killed, or the old one after the exchange.

@@ -229,6 +229,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 for name, missing in status.missing_features.items()
             ],
             dedup_strategy=status.strategy,
+            durability=status.durability,
         )
 
     async def Space(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -12,9 +12,9 @@ import structlog
 
 from snapshotter import failpoint
 from snapshotter.content import files
-from snapshotter.content.plan import Plan, keeps_order, settle
+from snapshotter.content.plan import Plan, settle
 from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, clear_up, share
-from snapshotter.durable import Stopped, remove_tree, sync_directory
+from snapshotter.durable import FULL, Stopped, remove_tree
 from snapshotter.layer import Found
 from snapshotter.meta.schema import Facts, Record
 from snapshotter.meta.snapshots import Sealed
@@ -36,7 +36,6 @@ class Sharing:
         self._rules = rules
         self._workers = workers
         self._stopping = stopping
-        self._in_order = keeps_order(root.path)
 
     def plan(self, snapshot_id: SnapshotId, strip: bool, found: Found) -> Plan | None:
         """Sets down, before the commit point, how the layer's files are to be shared; None if they are not."""
@@ -52,6 +51,7 @@ class Sharing:
             found.needs,
             found.apparent_bytes,
             found.mtimes_ns,
+            rules.durability,
         )
         try:
             planned.write(directory)
@@ -80,6 +80,7 @@ class Sharing:
             strategy=planned.strategy,
             stub_min_bytes=planned.stub_min_bytes,
             never_link=planned.never_link,
+            durability=planned.durability,
         )
         outcome = None
         for _ in range(_ATTEMPTS):
@@ -98,7 +99,7 @@ class Sharing:
         with suppress(OSError):  # ENOTEMPTY, nearly always
             refs.rmdir()
         failpoint.hit("seal.shared")
-        self._workers.call(settle, tree, planned.mtimes_ns, layout.is_resumed, self._in_order)
+        self._workers.call(settle, tree, planned.mtimes_ns, layout.is_resumed, rules.durability == FULL)
         failpoint.hit("seal.settled")
         _report(record, planned, outcome or Outcome())
         return _sealed(planned, record.usage, None if layout.is_resumed else outcome)
@@ -107,7 +108,6 @@ class Sharing:
         if layout.is_resumed:
             self._clear_stages(snapshot_id, layout.tree)
         layout.refs.mkdir(mode=0o700, exist_ok=True)
-        sync_directory(layout.refs.parent, "sync.refs-directory")
         failpoint.hit("seal.sharing")
         outcome = Outcome()
         for part in self._workers.share_out(share, layout, rules):

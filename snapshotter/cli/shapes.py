@@ -49,6 +49,7 @@ def daemon(info: DaemonInfo) -> dict[str, JsonValue]:
         "mount_mode": info.mount_mode,
         "namespace_reach": info.namespace_reach,
         "dedup_strategy": info.dedup_strategy,
+        "durability": info.durability,
         "features": [{"name": f.name, "works": f.works, "reason": f.reason, "on": f.on} for f in info.features],
     }
 

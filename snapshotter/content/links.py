@@ -84,7 +84,7 @@ class Links:
 
     def _share_extents(self, file: File, adopted: Adopted) -> None:
         """With the first instance, if it is there; nothing is lost where the kernel will not."""
-        first = _locator(file).stem
+        first = adopted.name.partition(".")[0]
         try:
             source = os.open(
                 first, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._objects.shard_fd(adopted.shard)

@@ -8,6 +8,10 @@ The link count is the reference count: removing a layer removes its links, and a
 link than its name is garbage. NAME is a locator made of a hash, and if that name belongs to something else, or
 its inode takes no more links, "." and the number of an instance behind it.
 
+Of an object that was made of a file whose content nobody had synced, NAME begins with "~", and the hash in it is also
+one of the run of the daemon in which it was made. So only layers of the same run find it: a power cut may have taken
+its content, and it must never stand for a file that a layer has durably.
+
 Whoever makes, uses or collects an object holds the lock (flock) of its shard, the directory xx. A kill
 frees it, and leaves nothing but a link in refs/, which goes when the layer does, or is found when the layer is
 sealed again.
@@ -26,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from blake3 import blake3
+
 from snapshotter import failpoint
 from snapshotter.durable import sync
 from snapshotter.model import NO_EXTENT, Extent
@@ -36,6 +42,7 @@ _BLOCK_BYTES = 512
 _SHARD_CHARS = 2
 _MAX_INSTANCES = 256
 _INSTANCES_AFTER_A_KILL = 8
+_UNSYNCED = "~"
 
 
 class TooManyLinks(Exception):
@@ -50,6 +57,11 @@ class Locator(NamedTuple):
 
     def instance(self, number: int) -> str:
         return f"{self.stem}.{number:x}" if number else self.stem
+
+    def unsynced(self, run: str) -> Locator:
+        """Where such an object of this run is."""
+        digest = blake3(f"{run} {self.stem}".encode()).hexdigest()
+        return Locator(self.shard, _UNSYNCED + digest[: len(self.stem) - len(_UNSYNCED)])
 
 
 class Adopted(NamedTuple):
@@ -85,8 +97,10 @@ class Wanted(NamedTuple):
 class Objects:
     """The store as one process sees it. `close` it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, unsynced_run: str | None = None) -> None:
+        """`unsynced_run`: the files that may become objects were not synced, and this is the run of the daemon."""
         self._directory = directory
+        self._unsynced_run = unsynced_run
         self._shards: dict[str, int] = {}
         self._changed: set[str] = set()
 
@@ -123,23 +137,12 @@ class Objects:
         Call it with the shard's lock, and keep that until the tree has been changed or `forget` called: others who work
         on the layer may use what this refers to. Raises TooManyLinks, OSError.
         """
-        shard_fd = self.shard_fd(wanted.locator.shard)
-        for number in range(_MAX_INSTANCES):
-            found = Adopted(wanted.locator.shard, wanted.locator.instance(number), number)
-            if found.ref in wanted.spared:
-                continue
-            try:
-                referred = self._refer(shard_fd, found, file_fd, refs_fd, wanted)
-            except FileNotFoundError:
-                wanted.prepare(file_fd)
-                self._make(shard_fd, found, file_fd, refs_fd)
-                return found._replace(is_new=True, made_ref=True)
-            except OSError as error:
-                if error.errno != errno.EMLINK:
-                    raise
-                continue
-            if referred:
-                return referred
+        *others, own = self._places(wanted.locator)
+        for place in others:
+            if found := self._adopt_at(place, wanted, file_fd, refs_fd, may_make=False):
+                return found
+        if found := self._adopt_at(own, wanted, file_fd, refs_fd, may_make=True):
+            return found
         raise TooManyLinks(wanted.locator.stem)
 
     def forget(self, adopted: Adopted, refs_fd: int, names: int) -> None:
@@ -154,12 +157,40 @@ class Objects:
     def links_of(self, locator: Locator, fd: int, refs_fd: int) -> int:
         """How many links of the file are in the store and in refs/: not 0 after a kill."""
         status, shard_fd = os.fstat(fd), self.shard_fd(locator.shard)
-        names = [locator.instance(number) for number in range(_INSTANCES_AFTER_A_KILL)]
+        numbers = range(_INSTANCES_AFTER_A_KILL)
+        names = [place.instance(number) for place in self._places(locator) for number in numbers]
         return sum(_is_same(status, shard_fd, name) + _is_same(status, refs_fd, locator.shard + name) for name in names)
 
     def is_object(self, status: os.stat_result, ref: str) -> bool:
         """Whether a file is the object that a ref names."""
         return _is_same(status, self.shard_fd(ref[:_SHARD_CHARS]), ref[_SHARD_CHARS:])
+
+    def _places(self, locator: Locator) -> tuple[Locator, ...]:
+        """Where to look for an object; it is made at the last one."""
+        return (locator,) if self._unsynced_run is None else (locator, locator.unsynced(self._unsynced_run))
+
+    def _adopt_at(self, place: Locator, wanted: Wanted, file_fd: int, refs_fd: int, may_make: bool) -> Adopted | None:
+        """None if no instance will do."""
+        shard_fd = self.shard_fd(place.shard)
+        for number in range(_MAX_INSTANCES):
+            found = Adopted(place.shard, place.instance(number), number)
+            if found.ref in wanted.spared:
+                continue
+            try:
+                referred = self._refer(shard_fd, found, file_fd, refs_fd, wanted)
+            except FileNotFoundError:
+                if not may_make:
+                    return None
+                wanted.prepare(file_fd)
+                self._make(shard_fd, found, file_fd, refs_fd)
+                return found._replace(is_new=True, made_ref=True)
+            except OSError as error:
+                if error.errno != errno.EMLINK:
+                    raise
+                continue
+            if referred:
+                return referred
+        return None
 
     def _refer(self, shard_fd: int, found: Adopted, file_fd: int, refs_fd: int, wanted: Wanted) -> Adopted | None:
         """None if this instance will not do. Raises FileNotFoundError if there is none, and OSError."""

@@ -22,7 +22,7 @@ from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import Links
 from snapshotter.content.objects import Adopted, Objects, TooManyLinks, release_unused
 from snapshotter.content.stubs import DIGEST, Stubs, ref_of, remove_mark
-from snapshotter.durable import sync
+from snapshotter.durable import FULL, sync
 from snapshotter.overlay.attributes import TRUSTED, USER, by_name
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
@@ -55,6 +55,10 @@ class Rules:
     stub_min_bytes: int
     never_link: tuple[str, ...]
     reflink: bool
+    durability: str = FULL
+    """durable.FULL or the like. Files that were not synced become objects that only layers of the same `run` use."""
+    run: str = ""
+    """Of the daemon: a random word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
         stack.callback(os.close, refs_fd)
         stage = Stage(layout.stages / str(number))
         stack.callback(stage.close)
-        objects = Objects(layout.objects)
+        objects = Objects(layout.objects, rules.run if rules.durability != FULL else None)
         stack.callback(objects.close)
         strategy = _strategy(layout, rules, objects, refs_fd, stage)
         sharer = _Sharer(top_fd, refs_fd, objects, rules, strategy, Hasher(count))
@@ -112,8 +116,9 @@ def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
             if name.is_file and name.inode % count == number:
                 sharer.visit(name)
         sharer.finish()
-        sync(refs_fd, "sync.refs")
-        objects.sync()
+        if rules.durability == FULL:
+            sync(refs_fd, "sync.refs")
+            objects.sync()
     return sharer.outcome
 
 

@@ -69,7 +69,7 @@ class Stubs:
     def _replace(self, file: File, stub: bytes, locator: Locator) -> Adopted:
         adopted = self._objects.adopt(self._wanted(file, locator), file.fd, self._refs_fd)
         try:
-            if adopted.instance:
+            if adopted.name != locator.stem:
                 os.setxattr(by_name(self._stage.fd, stub), TRUSTED.redirect, _path(adopted.shard, adopted.name))
             failpoint.hit("share.before-swap")
             if len(file.places) == 1:

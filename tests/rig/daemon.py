@@ -58,6 +58,8 @@ class Daemon:
         self.root, self.address, self.log = root, address, log
         self.arguments = list(arguments)
         self.environment = dict(environment or {})
+        self.wrapper: list[str] = []
+        """A program that runs it, and stays out of the way of its signals: `strace -D`, say."""
         self._namespace = namespace
         self.process: Process | None = None
 
@@ -76,6 +78,7 @@ class Daemon:
     def command(self) -> list[str]:
         """The command line, without a namespace."""
         return [
+            *self.wrapper,
             sys.executable, "-m", "snapshotter.server",
             "--root", os.fspath(self.root), "--address", os.fspath(self.address), *self.arguments,
         ]  # fmt: skip

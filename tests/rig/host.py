@@ -47,13 +47,14 @@ class Host:
         mode: str = "daemon",
         overlay: Mapping[str, str] | None = None,
         dedup: Mapping[str, object] | None = None,
+        durability: str = "full",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """`overlay`, `dedup`: settings of the configuration's tables of these names."""
         self.base = base
         self.root = root or base / "root"
         self.daemon = Daemon(self.root, base / "s.sock", log=base / "daemon.log", environment=environment)
-        self.configure(mode, overlay, dedup)
+        self.configure(mode, overlay, dedup, durability)
         self._client: Client | None = None
         self._numbers = itertools.count()
 
@@ -62,9 +63,11 @@ class Host:
         mode: str = "daemon",
         overlay: Mapping[str, str] | None = None,
         dedup: Mapping[str, object] | None = None,
+        durability: str = "full",
     ) -> None:
         """For the next start."""
-        config = write_config(self.base / "config.toml", overlay=overlay, dedup=dedup)
+        settings = {"durability": durability}
+        config = write_config(self.base / "config.toml", settings, overlay=overlay, dedup=dedup)
         self.daemon.arguments = ["--config", str(config), "--mount-mode", mode]
 
     def __enter__(self) -> Self:
@@ -188,10 +191,10 @@ class Host:
         return sorted(Path(target).name for target in mounts_below(self.root / "mounts"))
 
 
-def write_config(path: Path, **tables: Mapping[str, object] | None) -> Path:
-    """A configuration file with these tables. Values are strings, integers or lists of them, which TOML writes as
-    JSON does."""
-    lines = []
+def write_config(path: Path, settings: Mapping[str, object] = {}, **tables: Mapping[str, object] | None) -> Path:
+    """A configuration file with these settings and tables. Values are strings, integers or lists of them, which TOML
+    writes as JSON does."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     for name, settings in tables.items():
         if settings:
             lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]

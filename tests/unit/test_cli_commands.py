@@ -148,6 +148,7 @@ def test_info_is_of_the_daemon(snapctl: Snapctl) -> None:
     assert (info["root"], info["address"]) == (str(snapctl.daemon.root), str(snapctl.daemon.address))
     assert (info["committed"], info["active"], info["views"]) == (1, 1, 1)
     assert info["dedup_strategy"] in ("stub", "hardlink", "off")
+    assert info["durability"] == "full"
     assert TIME.fullmatch(info["started_at"])
     assert any(line.split()[:3] == ["max", "chain", str(info["max_chain"])] for line in snapctl.lines("info"))
 

@@ -188,7 +188,7 @@ def test_layer_reports_usage_and_what_reading_it_takes(base: Path) -> None:
     os.mkfifo(tree / "fifo")
     (tree / "link").symlink_to("/nowhere")
     mtimes_ns = {path.stat().st_ino: path.stat().st_mtime_ns for path in (tree, tree / "d")}
-    assert layer.finish(tree, TRUSTED) == Found(scan([tree], never), NO_FEATURES, False, 5000, 5000, mtimes_ns)
+    assert layer.finish(tree, TRUSTED) == Found(scan([tree], never), NO_FEATURES, False, 5000, 5000, mtimes_ns, False)
     os.setxattr(tree / "d", "trusted.overlay.redirect", b"/old")
     assert layer.finish(tree, TRUSTED).needs == Feature.REDIRECT_DIR
     os.setxattr(tree / "f", "trusted.overlay.metacopy", b"")
@@ -300,6 +300,6 @@ def test_parts_of_a_tree_together_are_the_tree(base: Path) -> None:
     os.setxattr(tree / "d4" / "f4", "trusted.overlay.origin", b"")
     whole = layer.finish(tree, TRUSTED)
     for count in (1, 2, 3, 5):
-        assert layer.merged([layer.finish(tree, TRUSTED, number, count) for number in range(count)]) == whole
+        assert layer.merged([layer.finish(tree, TRUSTED, True, number, count) for number in range(count)]) == whole
     assert whole.needs == Feature.REDIRECT_DIR
     assert whole.has_dead_attributes
