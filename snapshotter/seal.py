@@ -254,14 +254,14 @@ class Sealer:
                 clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._reflink
             )
             found = self._workers.call(layer.finish, directory / "new", names, may_sync)
-            if may_sync:
-                sync_names(directory, self._in_order or found.is_all_synced, "sync.new-tree")
         except BaseException:
             self._trash.discard(directory / "new", f"{snapshot_id}.new")
             raise
         failpoint.hit("seal.copied")
         # The plan is about the old tree: it knows directories by their inodes.
         self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
+        if may_sync:
+            sync_names(directory, self._in_order or found.is_all_synced, "sync.new-tree")
         fd = os.open(directory, OPEN_DIRECTORY)
         try:
             linux.renameat2(fd, b"fs", fd, b"new", linux.RENAME_EXCHANGE)

@@ -52,6 +52,7 @@ class Sharing:
             found.apparent_bytes,
             found.mtimes_ns,
             rules.durability,
+            rules.run,
         )
         try:
             planned.write(directory)
@@ -81,6 +82,7 @@ class Sharing:
             stub_min_bytes=planned.stub_min_bytes,
             never_link=planned.never_link,
             durability=planned.durability,
+            run=planned.run,
         )
         outcome = None
         for _ in range(_ATTEMPTS):

@@ -38,6 +38,8 @@ class Plan:
     """Of every directory, by its inode."""
     durability: str = FULL
     """As configured at the commit, after which nobody can tell whether the files were synced."""
+    run: str = ""
+    """Of the daemon that committed it: who goes on after a kill finds the objects that were made (content.objects)."""
 
     def may_need(self) -> Feature:
         """What reading the tree may take once its files are shared."""

@@ -58,7 +58,7 @@ class Rules:
     durability: str = FULL
     """durable.FULL or the like. Files that were not synced become objects that only layers of the same `run` use."""
     run: str = ""
-    """Of the daemon: a random word."""
+    """Of the daemon, when the layer was committed: a random word."""
 
 
 @dataclass(frozen=True, slots=True)
