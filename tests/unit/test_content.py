@@ -14,7 +14,9 @@ from blake3 import blake3
 
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.objects import Adopted, Locator, Objects, TooManyLinks, Wanted, collect_unused, release_all
+from snapshotter.content.plan import Plan, read_plan
 from snapshotter.model import NO_EXTENT
+from snapshotter.overlay.features import Feature
 from snapshotter.root import SHARDS_OF_OBJECTS
 
 pytestmark = pytest.mark.root
@@ -221,3 +223,14 @@ def test_a_ref_without_an_object_is_taken_up_again(base: Path, store: Objects) -
     assert one.adopt(b"x", HERE).is_new
     assert objects_in(base) == {"cdef": b"x"}
     assert sorted(path.name for path in one.refs.iterdir()) == ["abcdef"]
+
+
+# -- the plan of a layer
+
+
+def test_a_plan_that_was_not_synced_may_be_empty_after_a_power_cut(base: Path) -> None:
+    plan = Plan("stub", 4096, ("etc/cron*",), True, Feature.METACOPY, 5000, {12: 34}, "none", "a run")
+    plan.write(base / "seal")
+    assert read_plan(base / "seal") == plan
+    os.truncate(base / "seal" / "plan", 0)
+    assert read_plan(base / "seal") is None

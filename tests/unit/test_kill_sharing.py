@@ -162,18 +162,20 @@ def change(top: Path) -> None:
 
 @dataclass(frozen=True)
 class How:
-    """The strategy, who mounts, and how the layer is made."""
+    """The strategy, who mounts, how the layer is made, and what of it is synced."""
 
     strategy: str
     mode: str = "daemon"
     is_unpacked: bool = True
+    durability: str = "full"
 
     def __str__(self) -> str:
-        return f"{self.strategy}-{self.mode}-{'unpacked' if self.is_unpacked else 'changed'}"
+        return f"{self.strategy}-{self.mode}-{'unpacked' if self.is_unpacked else 'changed'}-{self.durability}"
 
 
 STUB, LINK, CLIENT = How("stub"), How("hardlink"), How("hardlink", "client")
 CHANGED_STUB, CHANGED_LINK = How("stub", is_unpacked=False), How("hardlink", is_unpacked=False)
+UNSYNCED_STUB, UNSYNCED_LINK = How("stub", durability="none"), How("hardlink", durability="none")
 HOWS = (STUB, LINK, CLIENT, CHANGED_STUB, CHANGED_LINK)
 
 
@@ -229,7 +231,7 @@ def prepared() -> Iterator[Prepared]:
 
 
 def host_of(base: Path, how: How, root: Path | None = None) -> Host:
-    return Host(base, root=root, mode=how.mode, dedup={"strategy": how.strategy})
+    return Host(base, root=root, mode=how.mode, dedup={"strategy": how.strategy}, durability=how.durability)
 
 
 @contextmanager
@@ -395,6 +397,9 @@ EVERY_DAY = [
     *((LINK, armed) for armed in armed_names(OF_A_WORKER)),
     *((CLIENT, armed) for armed in armed_names(("share.half-swapped", "seal.done"))),
     (CHANGED_LINK, "share.linked=kill@1"),
+    (UNSYNCED_STUB, "share.linked=kill@5"),
+    (UNSYNCED_LINK, "share.linked=kill@5"),
+    (UNSYNCED_STUB, "share.half-swapped=kill@2"),
     (CHANGED_STUB, "share.half-swapped=kill@2"),
 ]
 ALL = [(how, f"{name}=kill@{at}") for how in HOWS for name in OF_A_COMMIT for at in _AT.get(name, (1,))]
