@@ -44,6 +44,11 @@ FIDEDUPERANGE = 0xC0189436
 MOUNT_DATA_BYTES = 4096
 """mount(2) takes one page of options, the final NUL included, and silently cuts what is longer."""
 
+MS_PRIVATE = 1 << 18
+CLONE_NEWNS = 0x20000  # <linux/sched.h>
+_HANDLE_BYTES = 128  # MAX_HANDLE_SZ, <linux/exportfs.h>
+_FS_IOC_GETFSUUID = 0x80111500  # <linux/fs.h>
+
 # The mount API of Linux 5.2 has the same numbers on all architectures (asm-generic/unistd.h).
 _OPEN_TREE = 428
 _MOVE_MOUNT = 429
@@ -170,6 +175,37 @@ def open_by_handle_at(mount_fd: int, handle_type: int, handle: bytes, flags: int
     fd = int(_libc.open_by_handle_at(mount_fd, ctypes.byref(argument), flags))
     _check(min(fd, 0), handle.hex())
     return fd
+
+
+def name_to_handle_at(fd: int) -> tuple[int, bytes]:
+    """name_to_handle_at(2): type and bytes of the handle of an open file (O_PATH will do)."""
+
+    class FileHandle(ctypes.Structure):
+        _fields_ = (
+            ("handle_bytes", ctypes.c_uint),
+            ("handle_type", ctypes.c_int),
+            ("f_handle", ctypes.c_ubyte * _HANDLE_BYTES),
+        )
+
+    answer = FileHandle(_HANDLE_BYTES)
+    mount_id = ctypes.c_int()
+    flags = _AT_EMPTY_PATH
+    _check(_libc.name_to_handle_at(fd, b"", ctypes.byref(answer), ctypes.byref(mount_id), flags), "name_to_handle_at")
+    return answer.handle_type, bytes(answer.f_handle[: answer.handle_bytes])
+
+
+def filesystem_uuid(fd: int) -> bytes | None:
+    """FS_IOC_GETFSUUID: the UUID of a file's filesystem; None where there is none, or before Linux 6.9."""
+    try:
+        length, *uuid = fcntl.ioctl(fd, _FS_IOC_GETFSUUID, bytes(17))
+    except OSError:
+        return None
+    return bytes(uuid) if length == 16 else None
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _check(_libc.unshare(flags), "unshare")
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
