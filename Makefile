@@ -46,7 +46,7 @@ lint: setup  ## style, types, and the order of imports
 bench: setup-bench  ## measure; prints ratios (root)
 	@for file in bench/[a-z]*.py; do $(PYTHON) -m bench.$$(basename $$file .py) || exit 1; done
 
-install: setup-install  ## install the daemon and snapctl on this host (PREFIX=/usr/local, DESTDIR=)
+install: setup-install  ## install the daemon, snapctl and fsck.overlay on this host (PREFIX=/usr/local, DESTDIR=)
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' deploy/install.sh install
 
 uninstall:  ## remove what install put there; configuration and data stay

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Puts the daemon and snapctl on a host, or takes them off. `make install` and `make uninstall` call it.
+# Puts the daemon, snapctl and fsck.overlay on a host, or takes them off. `make install` and `make uninstall` call it.
 #
 #   PREFIX=/usr/local DESTDIR= deploy/install.sh install|uninstall
 #
@@ -47,6 +47,7 @@ do_install() {
     install_library
     launcher containerd-dedup-grpc snapshotter.server
     launcher snapctl snapshotter.cli
+    launcher fsck.overlay snapshotter.fsck_overlay.command
     file deploy/systemd/dedup-snapshotter.service "$unit"
     file deploy/systemd/containerd.service.d/10-dedup-snapshotter.conf "$drop_in"
     file deploy/systemd/dedup-snapshotter.conf "$tmpfile"
@@ -127,8 +128,8 @@ do_uninstall() {
         fi
         systemctl --quiet disable dedup-snapshotter.service 2>/dev/null || true
     fi
-    for name in "$PREFIX/bin/containerd-dedup-grpc" "$PREFIX/bin/snapctl" "$unit" "$drop_in" "$tmpfile" \
-        "$bash_completion" "$zsh_completion"; do
+    for name in "$PREFIX/bin/containerd-dedup-grpc" "$PREFIX/bin/snapctl" "$PREFIX/bin/fsck.overlay" \
+        "$unit" "$drop_in" "$tmpfile" "$bash_completion" "$zsh_completion"; do
         rm -f "$DESTDIR$name"
     done
     rm -rf "$DESTDIR$library" "$DESTDIR$library.new" "$DESTDIR$library.old"

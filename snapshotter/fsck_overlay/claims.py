@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from snapshotter.fsck_overlay.findings import AddWhiteout, Finding, Step, finding
-from snapshotter.fsck_overlay.layers import Layers, Place
+from snapshotter.fsck_overlay.layers import UPPER, Layers, Place
 from snapshotter.fsck_overlay.lookup import Lookup, Stack
 from snapshotter.fsck_overlay.tree import Redirect
 
@@ -50,6 +50,8 @@ class Claims:
         self._known: dict[tuple[int, Place], list[_Shown]] = {}
 
     def check(self) -> Iterator[Finding]:
+        """Only the upper is expected to hide what its redirects lead to: the kernel wrote it. A lower layer may have
+        been made to show a directory twice."""
         kept: set[Place] = set()
         doubtful: set[Place] = set()
         uncovered: list[tuple[Place, Place, _Shown]] = []
@@ -65,7 +67,8 @@ class Claims:
                 )
                 continue
             kept.add(place)
-            uncovered += [(target, place, shown) for shown in others if shown.via is None]
+            if place.layer == UPPER:
+                uncovered += [(target, place, shown) for shown in others if shown.via is None]
         for target, place, shown in uncovered:
             if target not in doubtful:
                 whiteout = AddWhiteout(Place(place.layer, shown.path), shown.parents)

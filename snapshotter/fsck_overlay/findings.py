@@ -64,7 +64,7 @@ _KINDS = (
     Kind(
         "redirect-uncovered",
         Consent.SAFE,
-        "the directory that a redirect leads to also shows at its old place",
+        "the directory that a redirect of the upper leads to also shows at its old place",
         "adds the whiteout that a rename leaves there",
     ),
     Kind(
@@ -223,3 +223,7 @@ def table() -> str:
     rows = ["| id | what it means | repair | with |", "|---|---|---|---|"]
     rows += [f"| `{kind.id}` | {kind.means} | {kind.mends} | {kind.consent.value} |" for kind in _KINDS]
     return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

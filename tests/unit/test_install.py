@@ -22,6 +22,7 @@ def expected(prefix: Path, systemd: Path) -> set[Path]:
         CONFIG,
         prefix / "bin/containerd-dedup-grpc",
         prefix / "bin/snapctl",
+        prefix / "bin/fsck.overlay",
         prefix / "share/bash-completion/completions/snapctl",
         prefix / "share/zsh/site-functions/_snapctl",
         systemd / "system/dedup-snapshotter.service",
@@ -34,7 +35,7 @@ def test_files(installation: Installation) -> None:
     assert installation.files() == expected(PREFIX, PREFIX / "lib/systemd")
     modes = {path: installation.path(path).stat().st_mode & 0o777 for path in installation.files()}
     programs = {path for path, mode in modes.items() if mode == 0o755}
-    assert programs == {PREFIX / "bin/containerd-dedup-grpc", PREFIX / "bin/snapctl"}
+    assert programs == {PREFIX / "bin" / name for name in ("containerd-dedup-grpc", "snapctl", "fsck.overlay")}
     assert {mode for path, mode in modes.items() if path not in programs} == {0o644}
 
 
