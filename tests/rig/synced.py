@@ -118,11 +118,11 @@ class Step:
     """Hard links: of each name, the one that stands for all."""
 
 
-def unsynced(trace: Trace, root: Path, steps: Sequence[Step]) -> list[str]:
+def unsynced(trace: Trace, root: Path, steps: Sequence[Step], has_journal: bool = True) -> list[str]:
     """One line for everything that was not durable when it had to be: the operation, which of its transactions,
     what. The daemon must have been stopped."""
     trace.wait_for_the_end()
-    replay, pending, findings = _Replay(root), list(steps), list[str]()
+    replay, pending, findings = _Replay(root, has_journal), list(steps), list[str]()
     step, transactions = None, 0
     for call in trace.calls():
         if pending and call.start >= pending[0].start:
@@ -148,6 +148,7 @@ class _Replay:
     """What is not durable yet."""
 
     root: Path
+    has_journal: bool
     dirty: dict[str, int] = field(default_factory=dict)
     """Files and directories, with the line of their last change."""
     loose: dict[str, int] = field(default_factory=dict)
@@ -221,7 +222,7 @@ class _Replay:
             del self.dirty[path]
         if self.exchanged.get(path, line) < line:
             del self.exchanged[path]
-        if self.loose.get(path, line) < self.touched.get(path, -1) < line:
+        if self.has_journal and self.loose.get(path, line) < self.touched.get(path, -1) < line:
             del self.loose[path]
 
     def _made(self, path: str, line: int) -> None:
