@@ -153,6 +153,12 @@ _KINDS = (
         "moves it to lost+found in the work directory",
     ),
     Kind(
+        "index-whiteout",
+        Consent.SAFE,
+        "the index says that a file or directory was removed (nfs_export), and it shows: the kernel refuses it (EIO)",
+        "removes the index's whiteout",
+    ),
+    Kind(
         "index-nlink",
         Consent.SAFE,
         "the link count of a copied-up hard link is malformed, missing or impossible",

@@ -15,14 +15,16 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 
 from snapshotter.fsck_overlay import handles
-from snapshotter.fsck_overlay.findings import Finding, SetAside, SetAttribute, finding
+from snapshotter.fsck_overlay.findings import Finding, RemoveWhiteout, SetAside, SetAttribute, finding
 from snapshotter.fsck_overlay.layers import UPPER, WORK, Inode, Layers, Place, UnknownAttribute
 from snapshotter.fsck_overlay.lookup import Lookup, Stack
 from snapshotter.fsck_overlay.tree import IndexUse, Seen
 
+_Identity = tuple[int, int]
 INDEX = Place(WORK, b"index")
 _NLINK = re.compile(rb"([UL])([+-]\d{1,10})")
 
@@ -44,6 +46,8 @@ class IndexCheck:
         self._layers = layers
         self._lookup = lookup
         self._seen = seen
+        self._removed: dict[_Identity, Place] = {}
+        """Inodes of lower layers that the index has a whiteout for."""
 
     def run(self) -> Iterator[Finding]:
         """Raises OSError, and UnknownAttribute."""
@@ -56,6 +60,14 @@ class IndexCheck:
         for name in self._layers.names(INDEX):
             if not name.startswith(b"#"):
                 yield from self._entry(INDEX.child(name))
+        yield from self._whiteouts()
+
+    def _whiteouts(self) -> Iterator[Finding]:
+        """What is said to be removed must not show: the kernel refuses it (EIO)."""
+        shown = _shown(self._layers, self._lookup, self._removed) if self._removed else Counter()
+        for identity, place in self._removed.items():
+            if shown[identity]:
+                yield finding("index-whiteout", place, "", RemoveWhiteout(place))
 
     def _is_foreign(self, inode: Inode) -> bool:
         assert self._layers.upper
@@ -74,8 +86,10 @@ class IndexCheck:
         handle = self._handle(place)
         if handle is None:
             yield finding("index-stray", place, "", SetAside(place, "it is no entry of the index"))
-        elif inode.is_whiteout or not handle.is_readable:
+        elif not handle.is_readable:
             return
+        elif inode.is_whiteout:
+            self._note_removed(place, handle)
         elif inode.is_directory:
             yield from self._directory(place, inode, handle)
         else:
@@ -90,6 +104,15 @@ class IndexCheck:
         except handles.FromTheFuture:
             raise UnknownAttribute(f"{self._layers.show(place)} is of a later version; use a newer fsck") from None
         return handle if handle.raw.hex().encode() == place.name else None
+
+    def _note_removed(self, place: Place, handle: handles.Handle) -> None:
+        try:
+            lower = handle.status(self._layers.filesystems)
+        except handles.CannotDecode:
+            self._seen.can_decode = False
+            return
+        if lower:
+            self._removed[_identity(lower)] = place
 
     def _file(self, place: Place, inode: Inode, handle: handles.Handle) -> Iterator[Finding]:
         try:
@@ -121,7 +144,7 @@ class IndexCheck:
             names = (links if match[1] == b"U" else lower.st_nlink) + int(match[2])
             if links - 1 <= names <= lower.st_nlink + links - 1:
                 return
-        names = links - 1 + _count_lower_names(self._layers, self._lookup, lower)
+        names = links - 1 + _shown(self._layers, self._lookup, {_identity(lower)}).total()
         value = b"U%+d" % (names - links)
         said = inode.attributes.get("nlink")
         detail = f"it says {os.fsdecode(said)!r}" if said is not None else "it is missing"
@@ -157,17 +180,23 @@ class IndexCheck:
         yield finding("index-directory", place, detail, SetAttribute(place, "upper", value))
 
 
-def _count_lower_names(layers: Layers, lookup: Lookup, inode: os.stat_result) -> int:
-    """Names of the overlay that show this inode of a lower layer: those that were not copied up."""
-    count = 0
+def _shown(layers: Layers, lookup: Lookup, wanted: Container[_Identity]) -> Counter[_Identity]:
+    """How many names of the overlay show each of some inodes of lower layers: files that were not copied up, and the
+    topmost lower of a directory."""
+    found: Counter[_Identity] = Counter()
     pending: list[Stack] = [lookup.roots(UPPER)]
     while pending:
         stack = pending.pop()
         for name in {name for place in stack for name in layers.names(place)}:
-            found = lookup.child(stack, name)
-            if found.is_directory:
-                pending.append(found.stack)
-            elif found.stack and found.stack[0].layer != UPPER:
-                shown = layers.inode(found.stack[0])
-                count += bool(shown and os.path.samestat(shown.status, inode))
-    return count
+            child = lookup.child(stack, name)
+            if child.is_directory:
+                pending.append(child.stack)
+            lowers = [place for place in child.stack[: None if child.is_directory else 1] if place.layer != UPPER]
+            inode = layers.inode(lowers[0]) if lowers else None
+            if inode and _identity(inode.status) in wanted:
+                found[_identity(inode.status)] += 1
+    return found
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino

@@ -63,16 +63,6 @@ class IndexUse:
     has_directories: bool
     """nfs_export."""
 
-    def has(self, handle: handles.Handle, status: os.stat_result) -> bool:
-        """Whether an inode of the upper is what the index has for an origin."""
-        if self.fd is None:
-            return False
-        try:
-            found = os.stat(handle.raw.hex(), dir_fd=self.fd, follow_symlinks=False)
-        except OSError:
-            return False
-        return os.path.samestat(found, status)
-
 
 class Pass:
     """Over the layer `number`, and what the layers below it make of it."""
@@ -119,11 +109,11 @@ class Pass:
                 found = self._lookup.child(stack, name)
                 yield from self._redirect(child, below, stack, found.stack)
                 yield from self._directory_origin(child, below, found.stack)
-                is_impure |= len(found.stack) > 1
+                is_impure |= len(found.stack) > 1 and (self._index.fd is None or "redirect" not in below.attributes)
                 yield child, below, found.stack
             else:
                 yield from self._metacopy(child, below, stack)
-                findings, is_live = self._origin(child, below)
+                findings, is_live = self._origin(child, below, stack)
                 yield from findings
                 is_impure |= is_live
         if is_marked and inode.attributes.get("opaque", b"") not in (b"x", b"y"):
@@ -236,7 +226,7 @@ class Pass:
         right = handles.of_directory(self._layers[lower.layer], self._layers.directory(lower), of_upper=False)
         yield finding("origin-directory", place, "", *((SetAttribute(place, "origin", right),) if right else ()))
 
-    def _origin(self, place: Place, inode: Inode) -> tuple[list[Finding], bool]:
+    def _origin(self, place: Place, inode: Inode, stack: Stack) -> tuple[list[Finding], bool]:
         """Of what is no directory; and whether its directory has to be impure for it."""
         handle = self._parse_origin(place, inode)
         if isinstance(handle, Finding):
@@ -249,9 +239,18 @@ class Pass:
             return [], False
         if stat.S_IFMT(status.st_mode) != stat.S_IFMT(inode.status.st_mode):
             return [finding("origin-type", place, "", SetAttribute(place, "origin", b""))], False
-        # The kernel shows the origin's inode number, and marks directories for that, only of these (ovl_hash_bylower).
-        is_alone = status.st_nlink == 1 and not self._index.has_directories
-        return [], is_alone or self._index.has(handle, inode.status)
+        return [], self._makes_impure(place, status, stack)
+
+    def _makes_impure(self, place: Place, origin: os.stat_result, stack: Stack) -> bool:
+        """A copy-up marks the directory. A rename or link marks the other one only where the kernel shows the origin's
+        inode number (ovl_hash_bylower): where there is an index, that depends on what it was mounted with."""
+        if origin.st_nlink > 1:
+            return False
+        if self._index.fd is None:
+            return True
+        lower = self._lookup.child(stack[1:], place.name).stack
+        inode = self._layers.inode(lower[0]) if lower else None
+        return bool(inode and os.path.samestat(inode.status, origin))
 
     def _status(self, handle: handles.Handle) -> os.stat_result | None:
         try:

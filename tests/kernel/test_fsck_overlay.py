@@ -205,6 +205,14 @@ def seed_index_type(overlay: Directories) -> None:
     setxattr(overlay.work / "index" / name.hex(), "origin", name)
 
 
+def seed_index_whiteout(overlay: Directories) -> None:
+    whiteout(overlay.work / "index" / handle_of(overlay, overlay.lowers[0] / "file").hex())
+
+
+def seed_index_whiteout_of_directory(overlay: Directories) -> None:
+    whiteout(overlay.work / "index" / handle_of(overlay, overlay.lowers[0] / "e/sub").hex())
+
+
 def index_directory(overlay: Directories, path: str) -> Path:
     """The index's entry for a directory of the upper."""
     origin = getxattr(overlay.upper / path, "origin")
@@ -226,7 +234,7 @@ CASES = [
     Case("redirect-duplicate", seed_duplicate_of_lower, copy_up_directories, FEATURES, adds=("zz",)),
     Case("impure-missing", lambda o: removexattr(o.upper, "impure"), copy_up_directories),
     Case("impure-missing", lambda o: removexattr(o.upper / "e", "impure"), copy_up_directories),
-    Case("impure-missing", lambda o: removexattr(o.upper, "impure"), use_one_name, FEATURES),
+    Case("impure-missing", lambda o: removexattr(o.upper, "impure"), lambda m: (m / "file").chmod(0), FEATURES),
     Case(
         "origin-invalid", lambda o: setxattr(o.upper / "file", "origin", b"no handle"), lambda m: (m / "file").chmod(0)
     ),
@@ -274,6 +282,8 @@ CASES = [
     ),
     Case("index-stale", seed_stale, use_one_name, FEATURES),
     Case("index-type", seed_index_type, use_one_name, FEATURES),
+    Case("index-whiteout", seed_index_whiteout, features=NFS),
+    Case("index-whiteout", seed_index_whiteout_of_directory, features=NFS),
     *(
         Case("index-nlink", lambda o, value=value: setxattr(entry(o), "nlink", value), use_one_name, FEATURES)  # type: ignore[misc]
         for value in (b"", b"U", b"X+1", b"U+99", b"L-9", b"+1")

@@ -142,7 +142,7 @@ def make(
     chance = random.Random(seed)
     lowest = (place or base) / "lowest"
     lowest.mkdir(parents=True)
-    _use(chance, lowest, steps)
+    use(chance, lowest, steps)
     lowers = [lowest]
     told = []
     for number in range(chance.randint(1, 3)):
@@ -154,7 +154,7 @@ def make(
             told.append(f"{number}: {switches}")
             try:
                 with overlay.mount(**switches):
-                    _use(chance, overlay.merged, steps)
+                    use(chance, overlay.merged, steps)
             except OSError as error:
                 told.append(str(error))
             shutil.rmtree(overlay.work / "work/incompat", ignore_errors=True)
@@ -162,11 +162,18 @@ def make(
     return overlay, "\n".join(told)
 
 
-def _use(chance: random.Random, top: Path, steps: int) -> None:
+def use(chance: random.Random, top: Path, steps: int) -> None:
+    """Changes a tree by chance; what cannot be done is left out."""
     for _ in range(steps):
         act = chance.choice(_ACTS)
         with contextlib.suppress(OSError):
             act(chance, _path(chance, top), _path(chance, top))
+
+
+def read(path: Path) -> None:
+    """Reads what can be read without waiting. Raises OSError."""
+    if stat.S_ISREG(path.lstat().st_mode):
+        path.read_bytes()
 
 
 def _path(chance: random.Random, top: Path) -> Path:
