@@ -89,7 +89,7 @@ class _Copier:
         status = os.stat(name, dir_fd=level.source_fd, follow_symlinks=False)
         path = level.path + name
         if stat.S_ISDIR(status.st_mode):
-            source_fd = os.open(name, OPEN_DIRECTORY, dir_fd=level.source_fd)
+            source_fd = linux.open_beneath(level.source_fd, name, OPEN_DIRECTORY)
             os.mkdir(name, 0o700, dir_fd=level.target_fd)
             self._enter(source_fd, os.open(name, OPEN_DIRECTORY, dir_fd=level.target_fd), path + b"/")
         elif first := self._first.get(status.st_ino):

@@ -85,10 +85,10 @@ def sync_names(directory: Path, in_order: bool, name: Sync) -> None:
 def remove_tree(directory: Path, name: str, stopping: Callable[[], bool]) -> None:
     """Removes `directory`/`name` and all below it; that it is gone already is no error.
 
-    Works relative to descriptors and follows no symlink, clears the immutable and append-only flags
-    that a container may have left, and holds few descriptors however deep the tree is: what lies
+    Works relative to descriptors, follows no symlink and enters no mount, clears the immutable and append-only
+    flags that a container may have left, and holds few descriptors however deep the tree is: what lies
     deeper than that is moved up into `directory` first. Raises Stopped when `stopping()` says so,
-    leaving a smaller tree that can be removed later, and OSError.
+    leaving a smaller tree that can be removed later, and OSError: EXDEV where something is mounted in the tree.
     """
     top = os.open(directory, _DIRECTORY)
     try:
@@ -101,10 +101,13 @@ def remove_tree(directory: Path, name: str, stopping: Callable[[], bool]) -> Non
 
 def _remove(parent: int, name: str, open_fds: list[int], deeper: list[str], stopping: Callable[[], bool]) -> None:
     try:
-        fd = os.open(name, _DIRECTORY, dir_fd=parent)
+        fd = linux.open_beneath(parent, name, _DIRECTORY)
     except FileNotFoundError:
         return
     except OSError as error:
+        if error.errno == errno.EXDEV:
+            # A bind of a directory below this one may have brought it here (mount_namespaces(7), peer groups).
+            raise OSError(errno.EXDEV, "something is mounted there; unmount it first", name) from error
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         _unlocked(parent, name, partial(os.unlink, name, dir_fd=parent))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,9 +38,10 @@ _TRIAL_BYTES = 256 * 1024
 def settle(scratch: Path, mount: MountConfig, overlay: OverlayConfig) -> tuple[Probe, Switches]:
     """Probes in `scratch`, a directory of the root's filesystem, and decides what to mount with.
 
-    Raises FailedPrecondition when that filesystem cannot be overlaid, or the configuration asks for what
-    does not work.
+    Raises FailedPrecondition when the kernel is too old, that filesystem cannot be overlaid, or the configuration asks
+    for what does not work.
     """
+    _check_kernel(scratch)
     with _space_to_try(scratch):
         try:
             found = probe(scratch)
@@ -57,6 +59,19 @@ def settle(scratch: Path, mount: MountConfig, overlay: OverlayConfig) -> tuple[P
         )
     _report(found, switches, mount)
     return found, switches
+
+
+def _check_kernel(directory: Path) -> None:
+    """What no tree is walked or deleted without."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.close(linux.open_beneath(fd, ".", os.O_PATH | os.O_CLOEXEC))
+    except OSError as error:
+        raise FailedPrecondition(
+            f"this kernel has no openat2(2), or a filter forbids it ({error.strerror}): Linux 5.6 is needed"
+        ) from error
+    finally:
+        os.close(fd)
 
 
 def _try_together(scratch: Path, switches: Switches) -> None:

@@ -18,7 +18,7 @@ import structlog
 
 from snapshotter.content.objects import release_all
 from snapshotter.durable import Stopped, remove_tree
-from snapshotter.errors import Internal, Unavailable
+from snapshotter.errors import Internal, Unavailable, quote
 from snapshotter.model import NO_EXTENT, Extent
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
 from snapshotter.workers.pool import Workers
@@ -161,7 +161,7 @@ class Trash:
         except Exception as error:  # the others must go
             log.error("trash.delete_failed", tree=str(self._directory / name), reason=str(error))
             with self._wake:
-                self._failed[name] = str(error)
+                self._failed[name] = quote(str(error))
 
     def _answer(self, waiter: Future[None]) -> None:
         with self._wake:

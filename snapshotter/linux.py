@@ -49,12 +49,13 @@ CLONE_NEWNS = 0x20000  # <linux/sched.h>
 _HANDLE_BYTES = 128  # MAX_HANDLE_SZ, <linux/exportfs.h>
 _FS_IOC_GETFSUUID = 0x80111500  # <linux/fs.h>
 
-# The mount API of Linux 5.2 has the same numbers on all architectures (asm-generic/unistd.h).
+# What is newer than Linux 5.1 has the same numbers on all architectures (asm-generic/unistd.h).
 _OPEN_TREE = 428
 _MOVE_MOUNT = 429
 _FSOPEN = 430
 _FSCONFIG = 431
 _FSMOUNT = 432
+_OPENAT2 = 437
 _MOUNT_SETATTR = 442
 
 # <linux/mount.h>
@@ -71,6 +72,11 @@ MOUNT_ATTR_RDONLY = 1
 _MOUNT_ATTR_IDMAP = 0x00100000
 _OPEN_TREE_CLONE = 1
 _AT_EMPTY_PATH = 0x1000
+
+# <linux/openat2.h>
+_RESOLVE_NO_XDEV = 1
+_RESOLVE_NO_SYMLINKS = 4
+_RESOLVE_BENEATH = 8
 
 # <linux/fs.h>
 FS_IOC_GETFLAGS = 0x80086601
@@ -206,6 +212,18 @@ def filesystem_uuid(fd: int) -> bytes | None:
 def unshare(flags: int) -> None:
     """unshare(2)."""
     _check(_libc.unshare(flags), "unshare")
+
+
+def open_beneath(directory_fd: int, path: str | bytes, flags: int) -> int:
+    """openat2(2), which Linux has since 5.6. Raises OSError: ELOOP where any part of the path is a symlink, EXDEV where
+    it leaves the directory or meets a mount, be it of the same filesystem."""
+    resolve = _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+    how = struct.pack("QQQ", flags, 0, resolve)
+    fd = int(_libc.syscall(ctypes.c_long(_OPENAT2), directory_fd, os.fsencode(path), how, ctypes.c_size_t(len(how))))
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(path))
+    return fd
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:

@@ -1,7 +1,7 @@
 """One pass over a directory tree that may be hostile, and may change meanwhile.
 
-Goes by descriptors, so that no path is too long and no symlink is followed; never leaves the
-filesystem that the tree is on, nor the tree itself when a directory is moved under it.
+Goes by descriptors, so that no path is too long and no symlink is followed; never enters what is mounted on
+a directory of the tree, nor leaves the tree when a directory is moved under it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from snapshotter.linux import open_beneath
+
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_OPEN = 64
+_NOT_OURS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV}
+"""Gone or no directory by now; or something is mounted there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,6 @@ def walk_names(top_fd: int) -> Iterator[Name]:
     """As `walk`, without looking at the inodes. A directory is read as a whole before its first name is handed out."""
     status = os.fstat(top_fd)
     levels = [_Level(os.dup(top_fd), status, b"", _read(top_fd))]
-    device = status.st_dev
     try:
         while levels:
             level = levels[-1]
@@ -86,7 +89,7 @@ def walk_names(top_fd: int) -> Iterator[Name]:
             name, inode, is_directory, is_file = level.remaining.pop()
             yield Name(level.fd, level.path, name, inode, is_directory, is_file)
             if is_directory:
-                _enter(levels, name, device)
+                _enter(levels, name)
     finally:
         for level in levels:
             if level.fd >= 0:
@@ -101,20 +104,14 @@ def _read(fd: int) -> list[tuple[bytes, int, bool, bool]]:
         ]
 
 
-def _enter(levels: list[_Level], name: bytes, device: int) -> None:
+def _enter(levels: list[_Level], name: bytes) -> None:
     try:
-        fd = os.open(name, OPEN_DIRECTORY, dir_fd=levels[-1].fd)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+        fd = open_beneath(levels[-1].fd, name, OPEN_DIRECTORY)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a symlink by now
+        if error.errno in _NOT_OURS:
             return
         raise
-    status = os.fstat(fd)
-    if status.st_dev != device:
-        os.close(fd)
-        return
-    levels.append(_Level(fd, status, levels[-1].path + name + b"/", []))
+    levels.append(_Level(fd, os.fstat(fd), levels[-1].path + name + b"/", []))
     levels[-1].remaining = _read(fd)
     if len(levels) > _MAX_OPEN:
         outer = levels[-_MAX_OPEN]

@@ -23,6 +23,7 @@ from snapshotter.content.links import Links
 from snapshotter.content.objects import Adopted, Objects, TooManyLinks, release_unused
 from snapshotter.content.stubs import DIGEST, Stubs, ref_of, remove_mark
 from snapshotter.durable import FULL, sync
+from snapshotter.linux import open_beneath
 from snapshotter.overlay.attributes import TRUSTED, USER, by_name
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
@@ -218,7 +219,7 @@ class _Sharer:
             try:
                 if inode in refs and self._objects.is_object(os.stat(refs[inode], dir_fd=self._refs_fd), refs[inode]):
                     continue
-                fd = os.open(paths[0], _OPEN, dir_fd=self._top_fd)
+                fd = open_beneath(self._top_fd, paths[0], _OPEN)
             except OSError as error:
                 self._count(_word(error))
                 continue
@@ -247,7 +248,7 @@ class _Sharer:
             directories: dict[bytes, int] = {}
             try:
                 for parent in parents:
-                    directories[parent] = os.open(parent or b".", OPEN_DIRECTORY, dir_fd=self._top_fd)
+                    directories[parent] = open_beneath(self._top_fd, parent or b".", OPEN_DIRECTORY)
                     stack.callback(os.close, directories[parent])
             except OSError as error:
                 self._count(_word(error))

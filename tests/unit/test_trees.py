@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from snapshotter.walker import walk
 
 pytestmark = pytest.mark.root
 
+MS_SHARED = 1 << 20  # <sys/mount.h>
 DEPTH = 600
 """Levels of the deep tree; its path has over 4,096 bytes, and a process would need a descriptor for each."""
 
@@ -166,6 +168,38 @@ def test_remove_tree_follows_no_symlink(base: Path) -> None:
     remove_tree(base, "tree", never)
     remove_tree(base, "direct", never)
     assert (base / "outside" / "precious").exists()
+
+
+@pytest.fixture
+def mounted_in(base: Path) -> Iterator[Path]:
+    """A tree in which somebody's directory and file are mounted although they mounted them elsewhere: on a bind of
+    the tree, of which the kernel makes a peer where mounts are shared, as systemd has them."""
+    linux.mount("tmpfs", str(base), "tmpfs", 0, None)
+    linux.mount("", str(base), None, MS_SHARED, None)
+    for made in ("tree/d/home", "bind", "home/precious"):
+        (base / made).mkdir(parents=True)
+    (base / "home/file").write_text("content")
+    (base / "tree/d/first").touch()
+    linux.mount(str(base / "tree"), str(base / "bind"), None, linux.MS_BIND, None)
+    linux.mount(str(base / "home"), str(base / "bind/d/home"), None, linux.MS_BIND, None)
+    assert (base / "tree/d/home/precious").exists(), "or this proves nothing"
+    yield base / "tree"
+    linux.umount2(str(base), linux.MNT_DETACH)  # and all that is on it
+
+
+def test_nothing_is_deleted_that_is_mounted_in_the_tree(mounted_in: Path) -> None:
+    base = mounted_in.parent
+    with pytest.raises(OSError, match="mounted"):
+        remove_tree(base, "tree", never)
+    assert sorted(path.name for path in (base / "home").iterdir()) == ["file", "precious"]
+    linux.umount2(str(base / "bind/d/home"))
+    remove_tree(base, "tree", never)
+    assert not (base / "tree").exists()
+    assert sorted(path.name for path in (base / "home").iterdir()) == ["file", "precious"]
+
+
+def test_walk_enters_no_mount(mounted_in: Path) -> None:
+    assert sorted(names_below(mounted_in)) == [b"d", b"first", b"home"]
 
 
 def test_usage_counts_allocated_bytes_and_each_inode_once(base: Path) -> None:
