@@ -22,6 +22,8 @@ SWITCH_SETTINGS = ("auto", "on", "off")
 
 DURABILITIES = ("full", "metadata", "none")
 
+STRIP, REFUSE = "strip", "refuse"
+
 STRATEGIES = ("auto", "stub", "hardlink", "off")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -75,6 +77,7 @@ class Config:
     root: str = "/var/lib/dedup-snapshotter"
     address: str = "/run/dedup-snapshotter/dedup-snapshotter.sock"
     durability: str = field(default="full", metadata={"choices": DURABILITIES})
+    untrusted_attributes: str = field(default=STRIP, metadata={"choices": (STRIP, REFUSE)})
     mount: MountConfig = field(default_factory=MountConfig)
     overlay: OverlayConfig = field(default_factory=OverlayConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)

@@ -24,7 +24,7 @@ import structlog
 
 from snapshotter import failpoint, features, mountinfo
 from snapshotter.claims import Busy, Claims
-from snapshotter.config import DedupConfig, MountConfig, OverlayConfig
+from snapshotter.config import STRIP, DedupConfig, MountConfig, OverlayConfig
 from snapshotter.content.objects import collect_unused
 from snapshotter.content.share import Rules
 from snapshotter.durable import FULL, Stopped, sync, sync_directory
@@ -95,6 +95,7 @@ class Engine:
         dedup: DedupConfig | None = None,
         durability: str = FULL,
         keep_open: Sequence[int] = (),
+        untrusted_attributes: str = STRIP,
     ) -> None:
         """`keep_open`: descriptors that worker processes hold (workers.pool).
 
@@ -133,6 +134,7 @@ class Engine:
             self._trash,
             self._ids,
             self._names,
+            untrusted_attributes,
             trial,
             Sharing(root, self._rules, self._workers, self._stop.is_set),
             self._rules.reflink,

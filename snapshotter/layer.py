@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from snapshotter.durable import sync
 from snapshotter.errors import FailedPrecondition, quote
 from snapshotter.failpoint import Sync
 from snapshotter.linux import sync_file_range_start
 from snapshotter.model import Usage
-from snapshotter.overlay.attributes import Names, by_name, strip_dead
+from snapshotter.overlay.attributes import Names, by_name, list_attributes, remove_attribute, strip_dead
 from snapshotter.overlay.features import NO_FEATURES, Feature
 from snapshotter.usage import Tally
 from snapshotter.walker import OPEN_DIRECTORY, Entry, walk
 
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BATCH = 256
+_MOST_REPORTED = 10
+"""Attributes of one layer, that the log names."""
+
+
+class Stripped(NamedTuple):
+    """An attribute that the tree cannot have and has not any more."""
+
+    path: bytes
+    """Below the top."""
+    attribute: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +48,21 @@ class Found:
     """Of every directory, by its inode."""
     is_all_synced: bool
     """Whether each inode was synced by itself, which those of symlinks, devices and fifos cannot be."""
+    stripped: tuple[Stripped, ...] = ()
+    """The first of what was taken off."""
+    stripped_count: int = 0
 
 
 def finish(tree: Path, names: Names, may_sync: bool = True, number: int = 0, count: int = 1) -> Found:
     """Makes durable what the layer brought, with `may_sync`, counts it, and finds out which overlay features reading it
-    takes.
+    takes. Attributes of overlay's that the tree cannot have are stripped, durably, if `names` say so.
 
     Of a tree that nobody changes, `count` processes may each do the part of their `number` (`merged`). Raises
-    FailedPrecondition for an attribute of overlay's that it cannot have, and OSError.
+    FailedPrecondition for such attributes otherwise, and OSError.
     """
     tally = Tally()
     attributes: set[str] = set()
+    customs = _Customs(names)
     is_all_synced = may_sync
     with Syncer(may_sync) as syncer:
         top = os.open(tree, OPEN_DIRECTORY)
@@ -57,16 +72,13 @@ def finish(tree: Path, names: Names, may_sync: bool = True, number: int = 0, cou
             status = os.fstat(top)
             tally.add(status)
             mtimes_ns[status.st_ino] = status.st_mtime_ns
-            attributes.update(os.listxattr(top))
-            _check_known(attributes, names, top, b".")
+            attributes.update(customs.passed(top, b"."))
         for entry in walk(top, number, count):
             tally.add(entry.status)
             if entry.is_directory:
                 mtimes_ns[entry.status.st_ino] = entry.status.st_mtime_ns
             is_all_synced &= entry.is_file or entry.is_directory
-            found = _examine(entry, syncer)
-            _check_known(found, names, entry.directory_fd, entry.name)
-            attributes.update(found)
+            attributes.update(_examine(entry, syncer, customs))
     needs = NO_FEATURES
     if names.metacopy in attributes:
         needs |= Feature.METACOPY
@@ -80,6 +92,8 @@ def finish(tree: Path, names: Names, may_sync: bool = True, number: int = 0, cou
         tally.largest_bytes,
         mtimes_ns,
         is_all_synced,
+        tuple(customs.stripped),
+        customs.stripped_count,
     )
 
 
@@ -98,6 +112,8 @@ def merged(parts: Sequence[Found]) -> Found:
         max(part.largest_bytes for part in parts),
         mtimes_ns,
         all(part.is_all_synced for part in parts),
+        tuple(stripped for part in parts for stripped in part.stripped)[:_MOST_REPORTED],
+        sum(part.stripped_count for part in parts),
     )
 
 
@@ -131,30 +147,61 @@ def _strip(path: bytes, names: Names) -> bool:
         return False
 
 
-def _check_known(attributes: Iterable[str], names: Names, directory_fd: int, name: bytes) -> None:
-    for attribute in attributes:
-        if names.is_unknown(attribute):
-            path = os.path.join(os.readlink(f"/proc/self/fd/{directory_fd}"), os.fsdecode(name))
+class _Customs:
+    """Lets no attribute into a layer that overlay would obey and that a layer made like this one cannot have."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self.stripped: list[Stripped] = []
+        self.stripped_count = 0
+
+    def passed(self, place: int | bytes, path: bytes) -> list[str]:
+        """The names of the attributes that stay at a place, an open one or one that is not followed. `path`: below the
+        top. Raises FailedPrecondition, OSError."""
+        names = list_attributes(place)
+        untrusted = [name for name in names if self._names.is_untrusted(name)]
+        for name in untrusted:
+            self._take(place, path, name)
+        if untrusted and isinstance(place, int):
+            # Whatever is configured: were it back after a power cut, the layer would obey it.
+            sync(place, "sync.stripped")
+        return [name for name in names if name not in untrusted] if untrusted else names
+
+    def _take(self, place: int | bytes, path: bytes, name: str) -> None:
+        what = f"{quote(os.fsdecode(path))} has the attribute {quote(name)}, which overlayfs would obey"
+        if not self._names.foreign:
             raise FailedPrecondition(
-                f"{quote(path)} has the attribute {attribute}, which overlayfs would obey and which a layer made like "
-                "this one cannot have"
+                f"{what} and which no mount of this snapshot can have written; take it off in the snapshot's directory"
             )
+        if not self._names.is_stripped:
+            raise FailedPrecondition(
+                f'{what} and which no image may bring; untrusted_attributes = "strip" would take it off'
+            )
+        try:
+            remove_attribute(place, name)
+        except PermissionError as error:
+            raise FailedPrecondition(f"{what}; it cannot be taken off, since the inode is immutable") from error
+        self.stripped_count += 1
+        if len(self.stripped) < _MOST_REPORTED:
+            self.stripped.append(Stripped(path, name))
 
 
-def _examine(entry: Entry, syncer: Syncer) -> list[str]:
-    """The names of the entry's attributes."""
+def _examine(entry: Entry, syncer: Syncer, customs: _Customs) -> list[str]:
+    """The names of the entry's attributes, of which only those are left that it may have."""
+    path = entry.directory + entry.name
     try:
         if not (entry.is_file or entry.is_directory):
-            return os.listxattr(by_name(entry.directory_fd, entry.name), follow_symlinks=False)
+            return customs.passed(by_name(entry.directory_fd, entry.name), path)
         fd = open_entry(entry)
     except OSError as error:
         # Replaced or gone since it was looked at: not what this layer keeps.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             raise
         return []
-    names = os.listxattr(fd)
-    syncer.add(fd, "sync.layer-directories" if entry.is_directory else "sync.layer-files")
-    return names
+    try:
+        return customs.passed(fd, path)
+    finally:
+        syncer.add(fd, "sync.layer-directories" if entry.is_directory else "sync.layer-files")
 
 
 def open_entry(entry: Entry) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 import structlog
 
 from snapshotter import clone, failpoint, layer, linux
+from snapshotter.config import STRIP
 from snapshotter.content.plan import Plan, read_plan
 from snapshotter.durable import FULL, NONE, keeps_order, remove_tree, sync, sync_directory, sync_names
 from snapshotter.errors import Unavailable, quote
@@ -61,6 +62,7 @@ class Sealer:
         trash: Trash,
         ids: Ids,
         names: Names,
+        untrusted_attributes: str,
         trial: Mapping[str, str | None] | None,
         sharing: Sharing,
         reflink: bool,
@@ -69,12 +71,13 @@ class Sealer:
         stopping: Callable[[], bool],
     ) -> None:
         """`trial`: how to ask the kernel whether an upper is in use (overlay.trial), None if it cannot tell.
-        `durability`: durable.FULL or the like."""
+        `untrusted_attributes`: config.STRIP or the like. `durability`: durable.FULL or the like."""
         self._root = root
         self._mounter = mounter
         self._trash = trash
         self._ids = ids
         self._names = names
+        self._strips = untrusted_attributes == STRIP
         self._trial = trial
         self._sharing = sharing
         self._reflink = reflink
@@ -88,14 +91,14 @@ class Sealer:
         """The tree that the active snapshot is to become, as durable as configured; the block is the commit point.
 
         When the block raises, the snapshot is mounted and writable as before. Raises Unavailable, durable.Stopped,
-        OSError.
+        OSError, and FailedPrecondition for attributes that the tree cannot have.
         """
         if target.materialized:
             self._mounter.provide(target)
             if self._freeze(target):
                 try:
                     failpoint.hit("commit.frozen")
-                    yield self._in_place(target, True, self._names)
+                    yield self._in_place(target, may_share=True)
                 except BaseException:
                     failpoint.hit("commit.refused")
                     self._mounter.thaw(target.id)
@@ -104,10 +107,7 @@ class Sealer:
         elif not self._in_use(self._root.fs(target.id)):
             # Only of what containerd unpacks we know that nobody goes on writing after Commit.
             can_share = target.is_extraction and self._trial is not None
-            # The client's overlay had metacopy and redirect_dir only if the chain needs them.
-            unpacked = target.is_extraction or not target.chain.features
-            names = self._names.of_an_unpacked_layer() if unpacked else self._names
-            yield self._in_place(target, can_share, names)
+            yield self._in_place(target, can_share)
             return
         with self._copy(target) as copied:
             yield copied
@@ -169,6 +169,13 @@ class Sealer:
             if not self._in_use(directory / "fs"):
                 self._trash.discard(directory, directory.name)
 
+    def _names_in(self, target: Target) -> Names:
+        """What its tree may have, as long as Commit may still be refused."""
+        if target.is_extraction:
+            return self._names.of_an_image(self._strips)
+        # A client's overlay had metacopy and redirect_dir only if the chain needs them.
+        return self._names.of_a_mount(target.features if target.materialized else target.chain.features)
+
     def _names_for(self, is_lowest: bool) -> Names:
         return self._names.of_the_lowest_layer() if is_lowest else self._names
 
@@ -202,10 +209,12 @@ class Sealer:
         if self._durability != NONE:
             sync_names(self._root.directory(snapshot_id), self._in_order or found.is_all_synced, "sync.layer-barrier")
 
-    def _in_place(self, target: Target, may_share: bool, names: Names) -> Layer:
+    def _in_place(self, target: Target, may_share: bool) -> Layer:
+        names = self._names_in(target)
         if not target.chain.ids:
             names = names.of_the_lowest_layer()  # if Commit gives it no parent, which `seal` will know
         found = self._finish(self._root.fs(target.id), names, does_not_change=may_share)
+        _report(found, target)
         strip = target.materialized or found.has_dead_attributes
         self._trash.discard(self._root.seal(target.id), f"{target.id}.seal")  # of a commit that failed
         planned = self._sharing.plan(target.id, strip, found) if may_share else None
@@ -224,7 +233,8 @@ class Sealer:
                     clone.copy_tree, self._root.fs(target.id), self._root.fs(new_id), names, self._reflink
                 )
                 failpoint.hit("copy.made")
-                found = self._finish(self._root.fs(new_id), self._names, does_not_change=False)
+                found = self._finish(self._root.fs(new_id), self._names_in(target), does_not_change=False)
+                _report(found, target)
                 self._sync_names(new_id, found)
                 sync_directory(self._root.snapshots, "sync.copies")
                 log.info("commit.copied", snapshot_key=target.key, id=target.id, copy=new_id)
@@ -293,3 +303,17 @@ class Sealer:
         if old.exists():
             failpoint.hit("seal.moved-tree")
             old.rename(self._root.busy / f"{snapshot_id}.{time.time_ns()}")
+
+
+def _report(found: layer.Found, target: Target) -> None:
+    """What an image brought that is meant for overlay, and not for who reads it."""
+    for path, attribute in found.stripped:
+        log.warning(
+            "commit.attribute_stripped",
+            snapshot_key=target.key,
+            id=target.id,
+            path=quote(os.fsdecode(path)),
+            attribute=quote(attribute),
+        )
+    if found.stripped_count:
+        log.warning("commit.attributes_stripped", snapshot_key=target.key, id=target.id, count=found.stripped_count)

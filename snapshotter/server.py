@@ -84,7 +84,15 @@ def _run(config: Config) -> int:
     root, lock = claim(Path(config.root))
     try:
         with listener.claimed(address):
-            engine = Engine(root, config.mount, config.overlay, config.dedup, config.durability, [lock.fileno()])
+            engine = Engine(
+                root,
+                config.mount,
+                config.overlay,
+                config.dedup,
+                config.durability,
+                [lock.fileno()],
+                config.untrusted_attributes,
+            )
             try:
                 asyncio.run(_serve(engine, root, address))
             finally:

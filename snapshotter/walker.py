@@ -26,6 +26,8 @@ class Entry:
     """One name. `directory_fd` is valid until the next one is asked for."""
 
     directory_fd: int
+    directory: bytes
+    """As in Name."""
     name: bytes
     status: os.stat_result
 
@@ -73,7 +75,7 @@ def walk(top_fd: int, number: int = 0, count: int = 1) -> Iterator[Entry]:
             status = os.stat(found.name, dir_fd=found.directory_fd, follow_symlinks=False)
         except FileNotFoundError:
             continue
-        yield Entry(found.directory_fd, found.name, status)
+        yield Entry(found.directory_fd, found.directory, found.name, status)
 
 
 def walk_names(top_fd: int) -> Iterator[Name]:

@@ -24,7 +24,7 @@ from snapshotter.content.objects import Adopted, Objects, TooManyLinks, release_
 from snapshotter.content.stubs import DIGEST, Stubs, ref_of, remove_mark
 from snapshotter.durable import FULL, sync
 from snapshotter.linux import open_beneath
-from snapshotter.overlay.attributes import TRUSTED, USER, by_name
+from snapshotter.overlay.attributes import TRUSTED, USER, by_name, list_attributes
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
 STUB = "stub"
@@ -139,7 +139,7 @@ def clear_up(layout: Layout) -> None:
                 continue
             paths_of[name.inode] += 1
             path = by_name(name.directory_fd, name.name)
-            names = os.listxattr(path, follow_symlinks=False)
+            names = list_attributes(path)
             if DIGEST in names:
                 marked.add(name.inode)
             elif ref := ref_of({key: os.getxattr(path, key) for key in names if key.startswith(TRUSTED.prefix)}):

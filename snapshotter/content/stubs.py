@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from snapshotter import failpoint
 from snapshotter.content.files import File, HalfSwapped, Private, Stage
 from snapshotter.content.objects import Adopted, Locator, Objects, Wanted
-from snapshotter.overlay.attributes import TRUSTED, by_name
+from snapshotter.overlay.attributes import OURS, TRUSTED, by_name
 
-DIGEST = "trusted.dedup.blake3"
+DIGEST = OURS + "blake3"
 _STEM_CHARS = 18
 
 

@@ -831,38 +831,7 @@ def test_what_a_container_does_to_a_shared_file_reaches_nobody_else(host: Host, 
         assert (stranger / "file").read_bytes() == CONTENT
 
 
-# -- what an image may not bring
-
-
-@pytest.mark.parametrize("path", ["file", "d/file", "d", "."])
-@pytest.mark.parametrize(("attribute", "value"), [(REDIRECT, b"/etc/shadow"), (METACOPY, b"")])
-def test_an_image_cannot_bring_attributes_that_overlay_obeys(
-    host: Host, path: str, attribute: str, value: bytes
-) -> None:
-    """It could show content of other images that way, by naming their objects."""
-    upper = upper_of(host.client.prepare("extract-1 image"))
-    files("file", "d/file")(upper)
-    os.setxattr(upper / path, attribute, value)
-    with pytest.raises(FailedPrecondition, match=rf"{path}.*{attribute}"):
-        host.client.commit("image", "extract-1 image")
-    os.removexattr(upper / path, attribute)
-    host.client.commit("image", "extract-1 image")
-    assert contents(host, "image") == {"file": CONTENT, "d/file": CONTENT}
-
-
-def test_attributes_that_overlay_does_not_obey_are_data(host: Host) -> None:
-    """Those of the other prefix, and escaped ones, which a nested overlay's are."""
-    names = ("user.overlay.redirect", "user.overlay.metacopy", "trusted.overlay.overlay.metacopy")
-
-    def fill(tree: Path) -> None:
-        write(tree / "file")
-        for name in names:
-            os.setxattr(tree / "file", name, b"/x")
-
-    host.unpack("image", fill=fill)
-    file = tree_of(host, "image") / "file"
-    assert {name: xattrs_of(file)[name] for name in names} == dict.fromkeys(names, b"/x")
-    assert contents(host, "image") == {"file": CONTENT}
+# -- what is in the way
 
 
 def a_file(path: Path) -> None:
@@ -934,20 +903,20 @@ def test_a_layer_that_gets_its_parent_at_commit_may_find_something_in_its_object
 
 
 @pytest.mark.parametrize("claimed", [b"x" * 32, blake3(CONTENT).digest()], ids=["wrong", "right"])
-def test_an_attribute_of_an_image_that_is_named_as_ours(stubs: Host, claimed: bytes) -> None:
-    """Like any other it is data, and shows in no other image."""
+def test_an_attribute_of_a_container_that_is_named_as_ours(stubs: Host, claimed: bytes) -> None:
+    """Like any other it is data, and shows in no other layer."""
 
     def claim(tree: Path) -> None:
         write(tree / "file")
         os.setxattr(tree / "file", DIGEST, claimed)
 
-    stubs.unpack("image", fill=claim)
+    stubs.commit_changes("claiming", fill=claim)
     stubs.unpack("other", fill=files("file"))
     stubs.unpack("different", fill=files("file", content=OTHER))
-    for name, content in {"image": CONTENT, "other": CONTENT, "different": OTHER}.items():
+    for name, content in {"claiming": CONTENT, "other": CONTENT, "different": OTHER}.items():
         with stubs.viewed(name) as merged:
             assert (merged / "file").read_bytes() == content
-            assert xattrs_of(merged / "file") == ({DIGEST: claimed} if name == "image" else {})
+            assert xattrs_of(merged / "file") == ({DIGEST: claimed} if name == "claiming" else {})
 
 
 def test_two_contents_whose_names_begin_alike(stubs: Host) -> None:

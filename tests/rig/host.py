@@ -48,13 +48,14 @@ class Host:
         overlay: Mapping[str, str] | None = None,
         dedup: Mapping[str, object] | None = None,
         durability: str = "full",
+        untrusted_attributes: str = "strip",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """`overlay`, `dedup`: settings of the configuration's tables of these names."""
         self.base = base
         self.root = root or base / "root"
         self.daemon = Daemon(self.root, base / "s.sock", log=base / "daemon.log", environment=environment)
-        self.configure(mode, overlay, dedup, durability)
+        self.configure(mode, overlay, dedup, durability, untrusted_attributes)
         self._client: Client | None = None
         self._numbers = itertools.count()
 
@@ -64,9 +65,10 @@ class Host:
         overlay: Mapping[str, str] | None = None,
         dedup: Mapping[str, object] | None = None,
         durability: str = "full",
+        untrusted_attributes: str = "strip",
     ) -> None:
         """For the next start."""
-        settings = {"durability": durability}
+        settings = {"durability": durability, "untrusted_attributes": untrusted_attributes}
         config = write_config(self.base / "config.toml", settings, overlay=overlay, dedup=dedup)
         self.daemon.arguments = ["--config", str(config), "--mount-mode", mode]
 
