@@ -174,7 +174,7 @@ class Layers:
         for name in _list(path, follow):
             if not name.startswith(names.prefix):
                 continue
-            if names.is_unknown(name):
+            if names.is_untrusted(name):
                 raise UnknownAttribute(
                     f"{self.show(place)} has the attribute {name}, which this version does not know: it may come "
                     "from a newer kernel; nothing was changed"

@@ -12,7 +12,6 @@ when the test run itself is killed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -31,16 +30,10 @@ _FIRST_PROCESS = (
 )
 
 
-_CLONE_NEWNS = 0x20000  # <linux/sched.h>
-_MS_PRIVATE = 1 << 18  # <sys/mount.h>
-
-
 def enter_private_mounts() -> None:
     """Gives the calling thread, and what it starts from now on, a mount namespace of its own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) != 0:
-        raise RigError(f"no private mount namespace: {os.strerror(ctypes.get_errno())}")
-    linux.mount("", "/", None, linux.MS_REC | _MS_PRIVATE, None)
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.mount("", "/", None, linux.MS_REC | linux.MS_PRIVATE, None)
 
 
 class RigError(Exception):
