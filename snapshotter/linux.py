@@ -78,6 +78,8 @@ _RESOLVE_NO_XDEV = 1
 _RESOLVE_NO_SYMLINKS = 4
 _RESOLVE_BENEATH = 8
 
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+
 # <linux/fs.h>
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
@@ -280,6 +282,15 @@ def get_inode_flags(fd: int) -> int:
 def set_inode_flags(fd: int, flags: int) -> None:
     """FS_IOC_SETFLAGS."""
     fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("l", flags))
+
+
+def give_back_large_blocks() -> None:
+    """mallopt(3): memory blocks of 128 KiB and more go back to the system when they are freed, always.
+
+    By default glibc raises that limit to what was freed last, up to 32 MiB: a few large requests, and 100 MB are kept.
+    """
+    if hasattr(_libc, "mallopt"):  # musl has none, and needs none
+        _libc.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _check(result: int, path: str) -> None:

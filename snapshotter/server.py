@@ -18,17 +18,20 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from snapshotter import __version__, listener, logs, notify
+from snapshotter import __version__, linux, listener, logs, notify
 from snapshotter.api import admin_pb2, admin_pb2_grpc, snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.config import DEFAULT_PATH, LOG_LEVELS, MOUNT_MODES, Config, load
 from snapshotter.engine import Engine
 from snapshotter.errors import PermissionDenied, SnapshotterError
+from snapshotter.port import Port
+from snapshotter.requests import MESSAGE_BYTES, Requests
 from snapshotter.root import Root, claim
 from snapshotter.service import AdminService, Pools, SnapshotsService
 
 log = structlog.get_logger()
 
-MESSAGE_BYTES = 16 * 1024 * 1024
+_CALLS = 10_000
+"""Most calls at a time, each of which takes memory; more are refused (RESOURCE_EXHAUSTED)."""
 _CALLS_S = 2.0
 """How long running calls may take to end after SIGTERM; what remains of five seconds is for closing."""
 _THREADS_S = 1.0
@@ -81,6 +84,7 @@ def _run(config: Config) -> int:
     address = listener.parse(config.address)
     os.umask(0o022)  # whatever the starter's is
     _raise_descriptor_limit()
+    linux.give_back_large_blocks()
     root, lock = claim(Path(config.root))
     try:
         with listener.claimed(address):
@@ -110,29 +114,30 @@ async def _serve(engine: Engine, root: Root, address: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     pools = Pools()
-    server = await _make_server(engine, pools, root, address)
-    with listener.private_umask():
-        server.add_insecure_port(f"unix:{address}")
-        await server.start()
+    port = Port(address, lambda: _make_server(engine, pools, root, address))
+    await port.open()
     log.info("daemon.started", version=__version__, pid=os.getpid(), root=str(root.path), address=str(address))
     notify.ready(f"Serving {root.path} on {address}")
-    await stopping.wait()
+    await port.serve_until(stopping)
     notify.stopping()
     log.info("daemon.stopping")
     # Before the server stops: a client that meets a dying listener backs off for seconds, one that finds
     # no socket tries again at once (containerd's dialer; gRPC's connection backoff).
     address.unlink(missing_ok=True)
     engine.stop()
-    await server.stop(_CALLS_S)
+    await port.close(_CALLS_S)
     pools.close()
 
 
 async def _make_server(engine: Engine, pools: Pools, root: Root, address: Path) -> Any:
     server = grpc.aio.server(
+        interceptors=[Requests()],
         options=[
+            # Also of what a compressed message becomes.
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", MESSAGE_BYTES),
-        ]
+        ],
+        maximum_concurrent_rpcs=_CALLS,
     )
     snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(engine, pools, root.spool), server)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(engine, pools, root.path, address), server)

@@ -151,7 +151,7 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     async def List(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Spools the whole answer first: a slow reader holds neither memory nor a view of the metadata."""
         try:
-            spool = await _run(self._pools.list, self._spool_list, list(request.filters))
+            spool = await _run(self._pools.list, self._spool_list, request.filters)
         except Exception as error:
             await _abort(context, "List", error)
             raise

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from snapshotter.errors import InvalidArgument
 from snapshotter.filters.match import Matcher
-from snapshotter.filters.parser import BadFilter, Parser
+from snapshotter.filters.parser import MAX_FIELDS, BadFilter, Parser
 from snapshotter.model import Info
 
 __all__ = ["BadFilter", "compile_filters"]
@@ -34,5 +35,7 @@ def compile_filters(filters: Sequence[str]) -> Callable[[Info], bool]:
 
     Raises: errors.InvalidArgument for a filter or a regular expression that is wrong, or too many of them.
     """
+    if len(filters) > MAX_FIELDS:  # most have a field, but an empty one, which has none, takes time too
+        raise InvalidArgument(f"more than {MAX_FIELDS} filters in one call; use several calls")
     parser = Parser()
     return Matcher([parser.parse(text) for text in filters])

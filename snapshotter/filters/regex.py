@@ -19,6 +19,8 @@ Search = Callable[[bytes], object]
 MAX_MEM_BYTES = 8 << 20
 """For one expression: a third of it for the program, the rest for the automaton, which is thrown away
 and begun anew when it is full."""
+MAX_PATTERN_CHARS = 1 << 18
+"""In one expression: parsing takes forty times its length, before RE2 finds that the program does not fit."""
 MAX_INSTRUCTIONS = 1 << 21
 """In the programs of all expressions of a call; they take about 16 bytes each."""
 _UNION_INSTRUCTIONS = 1 << 14
@@ -80,6 +82,8 @@ class RegexCompiler:
 
     def _regexp(self, pattern: str) -> re2._Regexp:
         if pattern not in self._compiled:
+            if len(pattern) > MAX_PATTERN_CHARS:
+                raise InvalidArgument(f"regular expression {quote(pattern)}: too large ({len(pattern)} characters)")
             try:
                 # Checked by Python: RE2 takes the surrogates that UTF-8 forbids, Go does not.
                 regexp = re2.compile(pattern.encode(), self._options)

@@ -263,7 +263,7 @@ def relabel(tx: Tx, name: str, labels: dict[str, str], paths: Sequence[str]) -> 
     """Replaces all labels, or those that the field mask `paths` names. Raises NotFound, InvalidArgument."""
     record = get(tx, name)
     merged = dict(record.labels)
-    for path in paths or ("labels",):
+    for path in dict.fromkeys(paths) or ("labels",):  # a repeated one changes nothing, but could copy all labels
         if path == "labels":
             merged = dict(labels)
         elif path.startswith("labels."):

@@ -1,7 +1,7 @@
-"""A client that stops reading: one gRPC call over bare HTTP/2, whose flow control we decide on.
+"""Bare HTTP/2 (RFC 9113): frames to send as one likes, and a client that stops reading.
 
-A gRPC library always reads a little further than its user. Here the server may send what the windows
-of RFC 9113 (section 6.9.2: 65,535 bytes at first) let it, and then has to wait until `resume`.
+A gRPC library always reads a little further than its user. A StalledCall lets the server send what the windows
+of section 6.9.2 (65,535 bytes at first) let it, and then has to wait until `resume`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Self
 
 WINDOW_BYTES = 65_535
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+END_STREAM, _ACK, END_HEADERS = 1, 1, 4
 _HEAD_BYTES = 9
 _TIMEOUT_S = 30.0
 
@@ -32,21 +32,12 @@ class StalledCall:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(_TIMEOUT_S)
         self._socket.connect(os.fspath(address))
-        fields = {
-            ":method": "POST",
-            ":scheme": "http",
-            ":path": method,
-            ":authority": "localhost",
-            "te": "trailers",
-            "content-type": "application/grpc",
-        }
-        # RFC 7541, 6.2.2: a field with a name of its own that enters no table.
-        block = b"".join(b"\0" + _text(name) + _text(value) for name, value in fields.items())
+        block = call_headers(method)
         self._socket.sendall(
-            _PREFACE
-            + _frame(_SETTINGS, 0, 0, b"")
-            + _frame(_HEADERS, _END_HEADERS, 1, block)
-            + _frame(_DATA, _END_STREAM, 1, bytes(5))
+            PREFACE
+            + frame(SETTINGS, 0, 0, b"")
+            + frame(HEADERS, END_HEADERS, 1, block)
+            + frame(DATA, END_STREAM, 1, bytes(5))
         )
 
     def __enter__(self) -> Self:
@@ -84,19 +75,19 @@ class StalledCall:
 
     def _grow_windows(self, size_bytes: int) -> None:
         for stream in (0, 1):
-            self._socket.sendall(_frame(_WINDOW_UPDATE, 0, stream, struct.pack(">I", size_bytes)))
+            self._socket.sendall(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size_bytes)))
 
     def _read_frame(self) -> None:
         head = self._read(_HEAD_BYTES)
         kind, flags = head[3], head[4]
         payload = self._read(int.from_bytes(head[:3], "big"))
-        if kind == _DATA:
+        if kind == DATA:
             self._body += payload
-        elif kind in (_RST_STREAM, _GOAWAY):
+        elif kind in (RST_STREAM, GOAWAY):
             raise ConnectionResetError(f"the server ended the call: frame {kind}, {payload!r}")
-        elif kind in (_SETTINGS, _PING) and not flags & _ACK:
-            self._socket.sendall(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
-        if kind in (_DATA, _HEADERS) and flags & _END_STREAM:
+        elif kind in (SETTINGS, PING) and not flags & _ACK:
+            self._socket.sendall(frame(kind, _ACK, 0, payload if kind == PING else b""))
+        if kind in (DATA, HEADERS) and flags & END_STREAM:
             self._ended = True
 
     def _read(self, size_bytes: int) -> bytes:
@@ -109,7 +100,22 @@ class StalledCall:
         return bytes(raw)
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def call_headers(method: str, **more: str) -> bytes:
+    """The header block of a call; `_` in the names of `more` stands for `-`."""
+    fields = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": method,
+        ":authority": "localhost",
+        "te": "trailers",
+        "content-type": "application/grpc",
+        **{name.replace("_", "-"): value for name, value in more.items()},
+    }
+    # RFC 7541, 6.2.2: a field with a name of its own that enters no table.
+    return b"".join(b"\0" + _text(name) + _text(value) for name, value in fields.items())
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
 
 

@@ -160,14 +160,21 @@ def test_an_unknown_method_is_unimplemented(daemon: Daemon) -> None:
 # -- limits -----------------------------------------------------------------------------------------
 
 
-def test_a_request_has_16_mib_at_most(daemon: Daemon) -> None:
+@pytest.mark.parametrize(("method", "limit_bytes"), [("Stat", MIB), ("List", 16 * MIB)])
+def test_a_request_has_a_mib_at_most_and_a_list_16(daemon: Daemon, method: str, limit_bytes: int) -> None:
     with connected(daemon) as stub:
         prepare(stub, "k")
-        request = pb.StatSnapshotRequest(key="k", snapshotter="x" * (16 * MIB - 8))
-        assert request.ByteSize() == 16 * MIB
-        assert stub.Stat(request).info.name == "k"
+        request = pb.StatSnapshotRequest(key="k") if method == "Stat" else pb.ListSnapshotsRequest(filters=["name==k"])
+        request.snapshotter = "x" * (limit_bytes - request.ByteSize() - 5)
+        request.snapshotter += "x" * (limit_bytes - request.ByteSize())
+        assert request.ByteSize() == limit_bytes
+
+        def call(asked: Any) -> list[Any]:
+            return [stub.Stat(asked).info] if method == "Stat" else [i for m in stub.List(asked) for i in m.info]
+
+        assert [info.name for info in call(request)] == ["k"]
         request.snapshotter += "x"
-        assert refused(stub.Stat, request)[0] is STATUS.RESOURCE_EXHAUSTED
+        assert refused(call, request)[0] is STATUS.RESOURCE_EXHAUSTED
         assert stub.Stat(pb.StatSnapshotRequest(key="k")).info.name == "k"
 
 
