@@ -14,7 +14,7 @@ from snapshotter import failpoint
 from snapshotter.content import files
 from snapshotter.content.plan import Plan, settle
 from snapshotter.content.share import OFF, STUB, Layout, Outcome, Rules, clear_up, share
-from snapshotter.durable import FULL, Stopped, remove_tree
+from snapshotter.durable import FULL, Stopped, keeps_order, remove_tree
 from snapshotter.layer import Found
 from snapshotter.meta.schema import Facts, Record
 from snapshotter.meta.snapshots import Sealed
@@ -36,6 +36,7 @@ class Sharing:
         self._rules = rules
         self._workers = workers
         self._stopping = stopping
+        self._in_order = keeps_order(root.path)
 
     def plan(self, snapshot_id: SnapshotId, strip: bool, found: Found) -> Plan | None:
         """Sets down, before the commit point, how the layer's files are to be shared; None if they are not."""
@@ -75,7 +76,7 @@ class Sharing:
         """
         tree, refs, seal = (place(record.id) for place in (self._root.fs, self._root.refs, self._root.seal))
         layers = tuple(map(self._root.directory, below))
-        layout = Layout(tree, refs, seal, self._root.objects, layers, was_interrupted)
+        layout = Layout(tree, refs, seal, self._root.objects, layers, was_interrupted, self._in_order)
         rules = replace(
             self._rules,
             strategy=planned.strategy,
@@ -101,7 +102,8 @@ class Sharing:
         with suppress(OSError):  # ENOTEMPTY, nearly always
             refs.rmdir()
         failpoint.hit("seal.shared")
-        self._workers.call(settle, tree, planned.mtimes_ns, layout.is_resumed, rules.durability == FULL)
+        may_sync = rules.durability == FULL and layout.in_order
+        self._workers.call(settle, tree, planned.mtimes_ns, layout.is_resumed, may_sync)
         failpoint.hit("seal.settled")
         _report(record, planned, outcome or Outcome())
         return _sealed(planned, record.usage, None if layout.is_resumed else outcome)

@@ -74,6 +74,9 @@ class Layout:
     """Directories of the layers below it, each with its fs/ and refs/."""
     is_resumed: bool
     """Whether part of the tree may have been shared, by a run that was killed."""
+    in_order: bool
+    """durable.keeps_order. Elsewhere nothing is synced by itself, but all at once at the end: a btrfs would take along
+    that a file came or lost a name, and not what is in it or came in the place of the name."""
 
 
 @dataclass(slots=True)
@@ -117,7 +120,7 @@ def share(layout: Layout, rules: Rules, number: int, count: int) -> Outcome:
             if name.is_file and name.inode % count == number:
                 sharer.visit(name)
         sharer.finish()
-        if rules.durability == FULL:
+        if rules.durability == FULL and layout.in_order:
             sync(refs_fd, "sync.refs")
             objects.sync()
     return sharer.outcome
@@ -157,7 +160,8 @@ def clear_up(layout: Layout) -> None:
                         remove_mark(fd)
                 finally:
                     os.close(fd)
-        sync(refs_fd, "sync.refs")
+        if layout.in_order:
+            sync(refs_fd, "sync.refs")
 
 
 def _strategy(layout: Layout, rules: Rules, objects: Objects, refs_fd: int, stage: Stage) -> Stubs | Links:
