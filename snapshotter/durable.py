@@ -36,6 +36,12 @@ def sync(fd: int, name: Sync) -> None:
         os.fsync(fd)
 
 
+def start_writeback(fd: int, name: Sync) -> None:
+    """Of a file that `sync` is called for later, under the same name."""
+    if not failpoint.is_left_out(name):
+        linux.sync_file_range_start(fd)
+
+
 def sync_filesystem(fd: int, name: Sync) -> None:
     """syncfs(2): all that is dirty in the filesystem of an open file, other people's included."""
     if not failpoint.is_left_out(name):

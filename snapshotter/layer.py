@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from snapshotter.durable import sync
+from snapshotter.durable import start_writeback, sync
 from snapshotter.errors import FailedPrecondition, quote
 from snapshotter.failpoint import Sync
-from snapshotter.linux import sync_file_range_start
 from snapshotter.model import Usage
 from snapshotter.overlay.attributes import Names, by_name, list_attributes, remove_attribute, strip_dead
 from snapshotter.overlay.features import NO_FEATURES, Feature
@@ -246,8 +245,8 @@ class Syncer:
 
     def _flush(self) -> None:
         if self._may_sync:
-            for fd, _ in self._fds:
-                sync_file_range_start(fd)
+            for fd, name in self._fds:
+                start_writeback(fd, name)
         while self._fds:
             if self._may_sync:
                 sync(*self._fds[-1])

@@ -28,17 +28,34 @@ def filesystem(kind: str, directory: Path, size_bytes: int) -> Iterator[Path]:
     os.truncate(image, size_bytes)
     mountpoint.mkdir()
     try:
-        _run(*MAKE[kind], image)
-        # losetup's autoclear, which mount sets: the last umount detaches the device.
-        _run("mount", "-t", kind, "-o", "loop", image, mountpoint)
+        make(kind, image)
+        attach(kind, image, mountpoint)
         yield mountpoint
     finally:
-        device = _loop_device(image)
-        unmount_below(mountpoint)
+        detach(kind, image, mountpoint)
         mountpoint.rmdir()
         image.unlink()
-        if device:
-            _wait_until_detached(device)
+
+
+def make(kind: str, image: Path) -> None:
+    """A fresh one in an image that has its size."""
+    _run(*MAKE[kind], image)
+
+
+def attach(kind: str, image: Path, mountpoint: Path, *options: str) -> None:
+    """Mounts an image."""
+    # losetup's autoclear, which mount sets: the last umount detaches the device.
+    _run("mount", "-t", kind, "-o", ",".join(("loop", *options)), image, mountpoint)
+
+
+def detach(kind: str, image: Path, mountpoint: Path) -> None:
+    """Unmounts an image, with all that is mounted on it. Raises RigError when it is still in use."""
+    device = _loop_device(image)
+    unmount_below(mountpoint)
+    if device:
+        _wait_until_detached(device)
+        if kind == "btrfs":  # which else would take an older image of the same filesystem for an outdated member
+            _run("btrfs", "device", "scan", "--forget", device)
 
 
 def allocated_bytes(mountpoint: Path) -> int:

@@ -97,6 +97,10 @@ class Host:
         self._disconnect()
         self.daemon.stop()
 
+    def kill(self) -> None:
+        self._disconnect()
+        self.daemon.kill()
+
     def start(self) -> None:
         self.daemon.start()
 

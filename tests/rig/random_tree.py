@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import mmap
 import os
+import random
 import shutil
 import stat
 import struct
@@ -30,6 +31,9 @@ _NOBODY = 2**32 - 1
 _ACL_TAGS = {"owner": 0x01, "user": 0x02, "group": 0x04, "mask": 0x10, "other": 0x20}
 _OWN_ATTRIBUTES = ("user.", "trusted.", "security.capability", "system.posix_acl_")
 """What `Attributes.apply` takes away before it sets others; security modules have more, which are theirs."""
+
+TWINS = "trusted.SGI_ACL_"
+"""Under this name XFS shows ACLs a second time."""
 
 
 def acl(*entries: tuple[str, int, int]) -> bytes:
@@ -58,7 +62,8 @@ class Content:
         with path.open("xb") as stream:
             stream.seek(self.hole_bytes)
             stream.write(self.data())
-            stream.truncate(self.hole_bytes + self.size_bytes)
+            if not self.size_bytes:  # else it changes nothing, but XFS writes out the file
+                stream.truncate(self.hole_bytes)
 
     def data(self) -> bytes:
         return data(self.seed, self.size_bytes)
@@ -86,7 +91,7 @@ class Attributes:
         if not stat.S_ISLNK(status.st_mode):
             os.chmod(path, self.mode)
         for name in os.listxattr(path, follow_symlinks=False):
-            if name.startswith(_OWN_ATTRIBUTES) and not name.startswith("trusted.overlay."):
+            if name.startswith(_OWN_ATTRIBUTES) and not name.startswith(("trusted.overlay.", TWINS)):
                 os.removexattr(path, name, follow_symlinks=False)
         for name, value in self.xattrs:
             if _can_have(status.st_mode, name):
@@ -97,7 +102,11 @@ class Attributes:
     def of(cls, path: Path) -> Attributes:
         status = path.lstat()
         xattrs = {name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path)}
-        own = tuple((name, value) for name, value in sorted(xattrs.items()) if name.startswith(_OWN_ATTRIBUTES))
+        own = tuple(
+            (name, value)
+            for name, value in sorted(xattrs.items())
+            if name.startswith(_OWN_ATTRIBUTES) and not name.startswith(TWINS)
+        )
         return cls(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, own)
 
 
@@ -417,7 +426,7 @@ def _write_mapped(act: Act, path: Path) -> None:
 
 def _remove_xattrs(_act: Act, path: Path) -> None:
     for name in os.listxattr(path):
-        if name.startswith(_OWN_ATTRIBUTES):
+        if name.startswith(_OWN_ATTRIBUTES) and not name.startswith(TWINS):
             os.removexattr(path, name)
 
 
@@ -515,3 +524,40 @@ acts = st.lists(
     min_size=1,
     max_size=8,
 ).map(tuple)
+
+
+# -- the same by a plain random generator, for loads that go on for as long as somebody wants
+
+
+def some_layer(choose: random.Random, seeds: int) -> tuple[Node, ...]:
+    """Up to 16 entries. Half of the contents are among three that all have, the others have one of so many seeds."""
+    paths = {os.path.join(choose.choice(_PLACES), choose.choice(_NAMES)) for _ in range(choose.randint(1, 16))}
+    kinds = [What.FILE] * 10 + [What.LINK] * 2 + [what for what in What if what is not What.FILE]
+    return tuple(
+        Node(path, choose.choice(kinds), _some_attributes(choose), _some_content(choose, seeds), choose.randrange(8))
+        for path in sorted(paths)
+    )
+
+
+def some_acts(choose: random.Random, seeds: int) -> tuple[Act, ...]:
+    return tuple(
+        Act(
+            choose.choice(list(_PLANS)),
+            choose.randrange(31),
+            choose.choice((choose.randrange(31), 4095, 4096, 69_999)),
+            _some_content(choose, seeds),
+            _some_attributes(choose),
+            choose.choice(_NAMES),
+        )
+        for _ in range(choose.randint(1, 8))
+    )
+
+
+def _some_content(choose: random.Random, seeds: int) -> Content:
+    seed = choose.choice((choose.choice((0, 1, 1, 2)), choose.randrange(seeds)))
+    return Content(seed, choose.choice(SIZES), choose.choice((0, 0, 0, 0, 300_000)))
+
+
+def _some_attributes(choose: random.Random) -> Attributes:
+    uid, gid = choose.choice(_OWNERS)
+    return Attributes(choose.choice(_MODES), uid, gid, choose.choice(_TIMES_NS), choose.choice(_XATTRS))

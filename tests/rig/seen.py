@@ -74,7 +74,7 @@ def _look(path: Path, groups: dict[int, str]) -> Seen:
     content = b""
     if stat.S_ISREG(status.st_mode):
         content = path.read_bytes()
-        assert len(content) == status.st_size
+        assert len(content) == status.st_size, f"{path} has {len(content)} bytes, not {status.st_size}"
     elif stat.S_ISLNK(status.st_mode):
         content = os.fsencode(os.readlink(path))
     return replace(common, links=status.st_nlink, first_name=groups.get(status.st_ino, ""), content=content)
