@@ -22,7 +22,7 @@ from tests.rig.load import Load
 from tests.rig.namespace import RigError
 from tests.rig.roots import unmount_below
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 _TICKS = 30
 _MOST_TICKS = 200

@@ -25,7 +25,7 @@ from tests.rig.host import Host
 from tests.rig.journal import Cut
 from tests.rig.load import COPIES, IMPORTS, MIXED, Load
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 KINDS = ("ext4", "xfs", "btrfs")
 LOADS = {"mixed": MIXED, "imports": IMPORTS, "copies": COPIES}
