@@ -107,7 +107,7 @@ def findings(base: Path, plan: Plan) -> Iterator[str]:
             expected = load.journal.at(cut)
             print(f"{image.name}: {cut}, {len(expected.must)} must be there, {len(expected.may)} may")
             with disk.plugged(image), host:
-                yield from verify.check(host, load, expected)
+                yield from verify.check(host, load, expected, was_power_cut=True)
                 yield from verify.remove_all(host)
 
 
@@ -155,7 +155,7 @@ def test_a_power_cut_while_a_layer_is_sealed(base: Path, kind: str, name: str) -
         host.daemon.environment.clear()
         with disk.plugged(image), host:
             now = load.journal.now()
-            assert verify.check(host, load, load.journal.at(Cut(now, now))) == []
+            assert verify.check(host, load, load.journal.at(Cut(now, now)), was_power_cut=True) == []
 
 
 _SYNCED = Plan("", 30, load="imports", clients=1)
