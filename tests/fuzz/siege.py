@@ -38,6 +38,8 @@ and works."""
 _SETTLE_S = 10.0
 _MEMORY_KIB = 16 * 1024
 """What malloc may keep beside what it kept after the same attack before."""
+_FLOOD_KIB = 48 * 1024
+"""And what thousands of calls at once leave, in pages that small blocks keep in use: it grows so far and no further."""
 _ANY = 1 << 40
 _FEW = 8
 """gRPC's threads come and go, and so do worker processes with their sockets; an attack makes dozens of anything."""
@@ -83,6 +85,8 @@ class Siege:
         attack()
         self._settled({**calm, "memory_kib": _ANY})
         before = _resources(pid)
+        if may_cut_off:
+            before["memory_kib"] += _FLOOD_KIB
         with self._probing() as war:
             attack()
         self._settled(before)
