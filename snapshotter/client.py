@@ -11,7 +11,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -20,6 +20,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from snapshotter import errors
 from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2, snapshots_pb2_grpc
+from snapshotter.fsck.findings import Finding, Progress
 from snapshotter.model import Extent, Freed, Info, Kind, Mount, SnapshotSpace, Space, Usage
 
 START_HINT = 'start the daemon with "systemctl start dedup-snapshotter"'
@@ -66,11 +67,18 @@ class DaemonInfo:
     features: tuple[Feature, ...]
 
 
+class Found(NamedTuple):
+    """What the daemon found in its root, and what an offline repair would do; empty where that is nothing."""
+
+    finding: Finding
+    repair: str
+
+
 class Client:
     """One connection. Calls block; the object may be shared by threads.
 
     Prepare, View, Mounts, Stat, Update, Remove, Usage and Info give up after a minute. Commit, Cleanup,
-    Space and Collect take as long as their disk does, and List as long as its reader: these have no limit.
+    Space, Collect and Check take as long as their disk does, and List as long as its reader: these have no limit.
     """
 
     def __init__(self, address: str, timeout_s: float = _QUICK_TIMEOUT_S) -> None:
@@ -180,6 +188,21 @@ class Client:
         """Returns when what nothing uses is deleted; `dry_run` only says what that would be."""
         answer = self._call_unlimited(self._admin.Collect, admin_pb2.CollectRequest(dry_run=dry_run))
         return Freed(objects=_extent(answer.objects), trees=answer.trees)
+
+    def check(self, verify_content: bool = False) -> Iterator[Found | Progress]:
+        """What does not fit together in the daemon's root, as it is found; `verify_content` reads all objects, too."""
+        stream = self._admin.Check(admin_pb2.CheckRequest(verify_content=verify_content))
+        try:
+            for message in stream:
+                if message.WhichOneof("event") == "progress":
+                    yield Progress(message.progress.stage, message.progress.done, message.progress.total)
+                else:
+                    found = message.finding
+                    yield Found(Finding(found.id, found.subject, found.detail), found.repair)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        finally:
+            stream.cancel()
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         return self._call_within(self._timeout_s, method, request)

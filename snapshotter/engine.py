@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -38,6 +40,11 @@ from snapshotter.errors import (
     quote,
 )
 from snapshotter.filters import compile_filters
+from snapshotter.fsck import database
+from snapshotter.fsck.database import Raw
+from snapshotter.fsck.findings import Finding, Progress
+from snapshotter.fsck.runner import Check
+from snapshotter.fsck.runner import Subject as ToCheck
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
 from snapshotter.meta import snapshots
@@ -63,6 +70,8 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _STOPPING = "the daemon is stopping; call again when it runs"
+_CLOCK_NS = 20_000_000
+"""How far the time of a change may be behind the clock (two ticks of 100 Hz: the kernel's coarse clock)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +314,33 @@ class Engine:
             raise Unavailable(_STOPPING) from error
         except OSError as error:
             raise from_os_error("collecting unused objects", error) from error
+
+    def check(self, verify_content: bool) -> Iterator[Finding | Progress]:
+        """Looks for what does not fit together, and says how far it is; what calls change meanwhile is not judged."""
+        subject = ToCheck(
+            self._root,
+            self._workers,
+            self._names,
+            self._read_all,
+            self._file_problems,
+            lambda: self._ids.in_flight() | self._claims.all(),
+            time.time_ns() - _CLOCK_NS,
+        )
+        try:
+            yield from Check(subject, verify_content).events()
+        except Stopped as error:
+            raise Unavailable(_STOPPING) from error
+        except OSError as error:
+            raise from_os_error("checking the store", error) from error
+
+    def _read_all(self) -> Raw:
+        with self._store.read() as tx:
+            return database.read_from(tx)
+
+    def _file_problems(self) -> list[str]:
+        with tempfile.TemporaryDirectory(prefix="check.", dir=self._root.spool) as place:
+            self._store.copy(Path(place))
+            return self._workers.call(database.problems, Path(place))
 
     def _subjects(self) -> list[Subject]:
         with self._store.read() as tx:

@@ -59,6 +59,7 @@ NAMES = frozenset({
     "remove.after-rename",
     "delete.entry",
     "meta.before-batch",
+    "fsck.step",
 })  # fmt: skip
 
 Sync = Literal[

@@ -65,6 +65,21 @@ def processes_with_upper(upper: Path) -> list[int]:
     return sorted(seen.values())
 
 
+def lines_everywhere() -> Iterator[str]:
+    """The lines of every mount namespace that a process is in. Reads all of /proc."""
+    seen: set[str] = set()
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            namespace = os.readlink(f"/proc/{name}/ns/mnt")
+            if namespace not in seen:
+                seen.add(namespace)
+                yield from _lines(name)
+        except OSError:
+            continue  # ended meanwhile
+
+
 def namespace_reach() -> str:
     """How far our mounts reach: "host" (we are in the mount namespace of PID 1), "propagated" (in another one,
     from which mounts propagate there), "private"."""

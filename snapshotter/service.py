@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
@@ -25,6 +26,7 @@ from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2,
 from snapshotter.claims import Busy
 from snapshotter.engine import Engine
 from snapshotter.errors import SnapshotterError
+from snapshotter.fsck.findings import Finding, Progress
 from snapshotter.model import MAX_CHAIN, Commitment, Creation, Extent, Info, Kind, Mount, SnapshotSpace, Space
 
 log = structlog.get_logger()
@@ -50,9 +52,10 @@ class Pools:
         self.scan = ThreadPoolExecutor(4, "scan")
         self.list = ThreadPoolExecutor(4, "list")
         self.store = ThreadPoolExecutor(2, "store")
+        self.check = ThreadPoolExecutor(2, "check")
 
     def close(self) -> None:
-        for pool in (self.quick, self.commit, self.scan, self.list, self.store):
+        for pool in (self.quick, self.commit, self.scan, self.list, self.store, self.check):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -246,6 +249,17 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         freed = await _run(self._pools.store, self._engine.collect, request.dry_run)
         return admin_pb2.CollectResponse(objects=_extent_to_proto(freed.objects), trees=freed.trees)
 
+    async def Check(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        events = _OneAtATime(self._engine.check(request.verify_content))
+        try:
+            while (event := await _run(self._pools.check, events.next)) is not None:
+                yield _event_to_proto(event)
+        except Exception as error:
+            await _abort(context, "Check", error)
+            raise
+        finally:  # the client may have gone, while a thread is at the next event
+            self._pools.check.submit(events.close)
+
     def _space_in_messages(self, now: bool) -> list[Any]:
         """First the store, then at most SPACE_SNAPSHOTS snapshots each."""
         space = self._engine.space(now)
@@ -254,6 +268,43 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             some = space.snapshots[begin : begin + SPACE_SNAPSHOTS]
             messages.append(admin_pb2.SpaceResponse(snapshots=map(_snapshot_space_to_proto, some)))
         return messages
+
+
+class _OneAtATime:
+    """An iterator of events that may be closed while another thread waits for the next one."""
+
+    def __init__(self, events: Iterator[Finding | Progress]) -> None:
+        self._events = events
+        self._lock = threading.Lock()
+
+    def next(self) -> Finding | Progress | None:
+        """None at the end."""
+        with self._lock:
+            return next(self._events, None)
+
+    def close(self) -> None:
+        with self._lock:
+            cast(Generator[Any, None, None], self._events).close()
+
+
+def _event_to_proto(event: Finding | Progress) -> Any:
+    if isinstance(event, Progress):
+        return admin_pb2.CheckResponse(
+            progress=admin_pb2.CheckProgress(stage=event.stage, done=event.done, total=event.total)
+        )
+    return admin_pb2.CheckResponse(
+        finding=admin_pb2.CheckFinding(
+            id=event.id,
+            subject=_utf8(event.subject),
+            detail=_utf8(event.detail),
+            repair=_utf8(event.fix.describe()) if event.fix else "",
+        )
+    )
+
+
+def _utf8(text: str) -> str:
+    """Paths may hold bytes that are none."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _mounts_to_proto(mounts: Sequence[Mount]) -> list[Any]:

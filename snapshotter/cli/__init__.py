@@ -15,11 +15,12 @@ _BROKEN_PIPE = 128 + signal.SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        return _run(words)
     except KeyboardInterrupt:
         _abandon_output()
-        return _INTERRUPTED
+        return _status_of_fsck(words, None) or _INTERRUPTED
     except BrokenPipeError:
         _abandon_output()
         return _BROKEN_PIPE
@@ -36,13 +37,23 @@ def _run(argv: Sequence[str]) -> int:
         return status
     except errors.SnapshotterError as error:
         report(error)
-        return error.exit_status
+        return _status_of_fsck(argv, error) or error.exit_status
     except BrokenPipeError:
         raise
     except OSError as error:  # no room for stdout, no current directory, …
         report(errors.SnapshotterError(f"{error.filename or 'standard output'}: {error.strerror or error}"))
         _abandon_output()
-        return errors.SnapshotterError.exit_status
+        return _status_of_fsck(argv, error) or errors.SnapshotterError.exit_status
+
+
+def _status_of_fsck(argv: Sequence[str], error: Exception | None) -> int:
+    """What another command's failure is not: fsck has statuses of its own. 0 for other commands."""
+    from snapshotter.cli import fsck
+    from snapshotter.cli.arguments import is_fsck
+
+    if not is_fsck(argv):
+        return 0
+    return fsck.status_of(error) if error else fsck.INTERRUPTED
 
 
 def _dispatch(argv: Sequence[str]) -> int:

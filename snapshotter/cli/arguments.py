@@ -117,6 +117,11 @@ def build() -> tuple[Parser, list[str]]:
     return parser, list(commands.choices)
 
 
+def is_fsck(argv: Sequence[str]) -> bool:
+    """Whether the command is the one whose exit status is that of fsck(8)."""
+    return build()[0].split_at_command(argv)[1][:1] == ["fsck"]
+
+
 def parse_labels(labels: Sequence[str]) -> dict[str, str]:
     """`K=V` words. Raises InvalidArgument."""
     parsed = {}
@@ -257,6 +262,16 @@ def _add_other(commands: Any) -> None:
         "The daemon does so by itself, in the background. Waits until what was removed before is deleted, too.",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only say what would be freed")
+    parser = _add_command(
+        commands, "fsck", "check what the daemon keeps, and repair it",
+        "The daemon checks its root, or this command does, if the daemon is stopped and --root given. Exit status as"
+        " fsck(8), a sum: 0 no errors, 1 corrected, 4 errors left, 8 failed, 16 command line, 32 interrupted.",
+    )  # fmt: skip
+    root = parser.add_argument("--root", metavar="DIR", help="check this root of a daemon that is stopped")
+    _complete(root, _DIRECTORY)
+    parser.add_argument("--repair", action="store_true", help="repair what can be repaired safely; needs --root")
+    parser.add_argument("--verify-content", action="store_true", help="read all objects, and compare their hashes")
+    parser.add_argument("--dry-run", action="store_true", help="only say what --repair would do")
     _add_command(commands, "info", "show what the daemon is and serves")
     parser = _add_command(
         commands, "completion", "print a completion script", 'For bash: eval "$(snapctl completion bash)"'

@@ -296,6 +296,13 @@ def _gc(args: Namespace, out: Output) -> int:
     return 0
 
 
+def _fsck(args: Namespace, out: Output) -> int:
+    from snapshotter.cli.fsck import run
+
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    return run(args, out)
+
+
 def _info(args: Namespace, out: Output) -> int:
     with _connect(args) as client:
         info = client.info()
@@ -340,6 +347,7 @@ COMMANDS: dict[str, Callable[[Namespace, Output], int]] = {
     "umount": _umount,
     "cleanup": _cleanup,
     "gc": _gc,
+    "fsck": _fsck,
     "info": _info,
     "completion": _completion,
 }

@@ -50,13 +50,15 @@ class Links:
 
     def locate(self, file: File) -> Locator:
         """Where its object would be."""
-        return _locator(file)
+        return locator_of_file(file)
 
     def share(self, file: File) -> Adopted:
         """Raises Private, OSError, objects.TooManyLinks; the file is as it was then."""
         if any(place.path.startswith(self._never_begin) and self._is_never_shared(place.path) for place in file.places):
             raise Private("listed in never_link")
-        wanted = Wanted(_locator(file), _has_metadata_of(file), lambda _fd: None, may_repeat=False, spared=self._used)
+        wanted = Wanted(
+            locator_of_file(file), _has_metadata_of(file), lambda _fd: None, may_repeat=False, spared=self._used
+        )
         while True:
             with self._objects.locked(wanted.locator.shard):
                 adopted = self._objects.adopt(wanted, file.fd, self._refs_fd)
@@ -104,7 +106,7 @@ def _matches(path: list[str], glob: list[str]) -> bool:
     return len(glob) <= len(path) and all(map(fnmatchcase, path, glob))
 
 
-def _locator(file: File) -> Locator:
+def locator_of_file(file: File) -> Locator:
     """The whole hash of all that has to be equal."""
     status = file.status
     hashed = blake3(file.digest)

@@ -43,14 +43,14 @@ class Stubs:
 
     def locate(self, file: File) -> Locator:
         """Where its object would be."""
-        return _locator(file.digest)
+        return locator_of_digest(file.digest)
 
     def share(self, file: File) -> Adopted:
         """Raises Private, OSError, objects.TooManyLinks: the file is as it was then; and HalfSwapped."""
         attributes = dict(file.attributes)
         if DIGEST in attributes and not (self._is_resumed and attributes.pop(DIGEST) == file.digest):
             raise Private(f"has an attribute {DIGEST} of its own")
-        locator = _locator(file.digest)
+        locator = locator_of_digest(file.digest)
         if locator.shard in self._tops_below:
             raise Private("a lower layer has the name of its object's directory")
         name = self._stage.new_name()
@@ -143,7 +143,8 @@ def ref_of(attributes: Mapping[str, bytes]) -> str | None:
     return os.fsdecode(parts[1] + parts[2])
 
 
-def _locator(digest: bytes) -> Locator:
+def locator_of_digest(digest: bytes) -> Locator:
+    """Where the object with this content would be."""
     text = digest.hex()
     return Locator(text[:2], text[2 : 2 + _STEM_CHARS])
 

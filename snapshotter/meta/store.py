@@ -140,6 +140,13 @@ class Store:
             self._wake.notify()
         return future.result()
 
+    def copy(self, directory: Path) -> None:
+        """Writes a consistent copy of the file into an empty directory. Raises Internal, ResourceExhausted."""
+        try:
+            self._env.copy(str(directory))
+        except lmdb.Error as error:
+            raise self._error("copying the metadata", error) from error
+
     def _cover_map(self) -> None:
         """A file shorter than its meta page says would kill the process (SIGBUS) where the map ends behind it; read as
         zeros, a page that is missing is an error like any other. Free pages at the end may rightly be missing."""

@@ -1,0 +1,124 @@
+"""One pass over a part of the object store: names, marks, and, if asked, contents. Runs in worker processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snapshotter.content.files import File
+from snapshotter.content.hashing import Hasher
+from snapshotter.content.links import locator_of_file
+from snapshotter.content.stubs import DIGEST, locator_of_digest
+from snapshotter.fsck.trees import STUB_REF, Inode
+from snapshotter.overlay.attributes import by_name
+from snapshotter.walker import OPEN_DIRECTORY
+
+_LINK_REF = re.compile(r"[0-9a-f]{2}[A-Za-z0-9_-]{42}(\.[0-9a-f]+)?")
+"""The name of a ref to an object that is a whole file (links.py)."""
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
+SHARD_CHARS = 2
+
+
+@dataclass(slots=True)
+class Stored:
+    """What is in some directories of the store."""
+
+    inodes: dict[str, tuple[int, Inode]] = field(default_factory=dict)
+    """The inode of each object, by its ref."""
+    strays: list[str] = field(default_factory=list)
+    """What is no object, as paths below the store."""
+    unmarked: dict[str, str] = field(default_factory=dict)
+    """Objects that do not carry the hash that their name begins with, and what is wrong."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Objects whose content is not what the hash says, and what is wrong."""
+
+    def add(self, other: Stored) -> None:
+        self.inodes.update(other.inodes)
+        self.strays.extend(other.strays)
+        self.unmarked.update(other.unmarked)
+        self.damaged.update(other.damaged)
+
+
+def is_stub_ref(ref: str) -> bool:
+    """Whether the object is a content, and not a whole file."""
+    return STUB_REF.fullmatch(ref) is not None
+
+
+def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int) -> Stored:
+    """`threads`: for one big file. Raises OSError."""
+    stored, hasher = Stored(), Hasher(threads)
+    for shard in shards:
+        try:
+            fd = os.open(store / shard, OPEN_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            for name in os.listdir(fd):
+                _visit(fd, shard, name, stored, hasher if verify_content else None)
+        except FileNotFoundError:  # collected meanwhile
+            continue
+        finally:
+            os.close(fd)
+    return stored
+
+
+def digest_by_name(fd: int, ref: str, hasher: Hasher) -> tuple[bytes, bool]:
+    """The hash of an open object, and whether its name is right. Raises OSError."""
+    status = os.fstat(fd)
+    digest = hasher.hash(fd, status.st_size).digest
+    if is_stub_ref(ref):
+        return digest, is_named(ref, digest)
+    attributes = {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+    return digest, _ref_of(locator_of_file(File(fd, status, attributes, digest, ()))) == ref.partition(".")[0]
+
+
+def is_named(ref: str, digest: bytes) -> bool:
+    """Whether the name of a content's object is one for the hash."""
+    return _ref_of(locator_of_digest(digest)) == ref.partition(".")[0]
+
+
+def mark_of(path: bytes) -> bytes | None:
+    """The hash that an object carries."""
+    try:
+        return os.getxattr(path, DIGEST, follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _ref_of(locator: tuple[str, str]) -> str:
+    return locator[0] + locator[1]
+
+
+def _visit(shard_fd: int, shard: str, name: str, stored: Stored, hasher: Hasher | None) -> None:
+    ref, status = shard + name, os.stat(name, dir_fd=shard_fd, follow_symlinks=False)
+    is_stub = is_stub_ref(ref)
+    if not stat.S_ISREG(status.st_mode) or not (is_stub or _LINK_REF.fullmatch(ref)):
+        stored.strays.append(f"{shard}/{name}")
+        return
+    stored.inodes[ref] = status.st_ino, Inode(status.st_nlink, status.st_size, status.st_ctime_ns)
+    mark = mark_of(by_name(shard_fd, name.encode())) if is_stub else None
+    is_marked = mark is not None and len(mark) == 32 and is_named(ref, mark)
+    if is_stub and not is_marked:
+        stored.unmarked[ref] = "it carries none" if mark is None else f"it carries {mark.hex()}"
+    if hasher is not None:
+        _verify(shard_fd, name, ref, mark if is_marked else None, stored, hasher)
+
+
+def _verify(shard_fd: int, name: str, ref: str, mark: bytes | None, stored: Stored, hasher: Hasher) -> None:
+    try:
+        fd = os.open(name, _OPEN, dir_fd=shard_fd)
+        try:
+            digest, is_right = digest_by_name(fd, ref, hasher)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        stored.damaged[ref] = f"it cannot be read: {error.strerror}"
+        return
+    if not is_right or mark not in (None, digest):
+        stored.damaged[ref] = f"its hash is {digest.hex()}"

@@ -1,0 +1,87 @@
+"""A root without its daemon: who checks it, owns it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from snapshotter.errors import FailedPrecondition, NotFound
+from snapshotter.fsck import database, places
+from snapshotter.fsck.findings import Finding, Progress
+from snapshotter.fsck.fixes import Bench
+from snapshotter.fsck.heal import OwnFiles, Source
+from snapshotter.fsck.lost import LostAndFound
+from snapshotter.fsck.repair import Done, Step, carry_out, plan
+from snapshotter.fsck.runner import Check, Subject
+from snapshotter.overlay.attributes import TRUSTED
+from snapshotter.root import Root, RootLock
+from snapshotter.workers.pool import Workers
+
+_NEEDED = ("metadata", "snapshots", "objects", "mounts", "busy", "trash", "spool")
+ROUNDS = 5
+"""How often what repair did may show something else to be repaired."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Subject]:
+    """Raises NotFound where no root is, FailedPrecondition while a daemon has it."""
+    if not (path / "lock").is_file():
+        raise NotFound(f"{path} is not the root of a dedup-snapshotter: name the directory that its daemon has as root")
+    lock = RootLock(path)
+    try:
+        if missing := [name for name in _NEEDED if not (path / name).is_dir()]:
+            raise FailedPrecondition(
+                f"root {path} lacks the directory {missing[0]}: start the daemon once, it makes it"
+            )
+        root, workers = Root(path), Workers([lock.fileno()])
+        try:
+            yield Subject(
+                root,
+                workers,
+                TRUSTED,
+                read=lambda: workers.call(database.read, root.metadata),
+                problems=lambda: workers.call(database.problems, root.metadata),
+            )
+        finally:
+            workers.close()
+    finally:
+        lock.release()
+
+
+def steps_for(check: Check, findings: Sequence[Finding]) -> list[Step]:
+    """What repair would do about the findings of a check that has ended."""
+    root = check.subject.root
+    return plan(findings, places.in_use(root, check.image) if check.image else {})
+
+
+def repair(check: Check, steps: Sequence[Step], sources: Sequence[Source] = ()) -> Iterator[Done | Finding | Progress]:
+    """Does what the steps say, checks again, and so on until nothing can be done any more: what was done, then what is
+    left. `sources`: where contents may be found, beside the root itself. Raises what a check raises."""
+    subject = check.subject
+    bench = Bench(
+        subject.root,
+        LostAndFound(subject.root.path),
+        subject.workers,
+        subject.names,
+        (OwnFiles(subject.root), *sources),
+    )
+    findings = [step.finding for step in steps]
+    failed: set[Finding] = set()
+    for _ in range(ROUNDS):
+        any_done = False
+        for done in carry_out([step for step in steps if step.finding not in failed], bench):
+            yield done
+            any_done = any_done or not done.failure
+            if done.failure:
+                failed.add(done.step.finding)
+        if not any_done:
+            break
+        again, findings = Check(subject, check.verify_content), []
+        for event in again.events():
+            if isinstance(event, Finding):
+                findings.append(event)
+            else:
+                yield event
+        steps = steps_for(again, findings)
+    yield from findings

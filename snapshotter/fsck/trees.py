@@ -1,0 +1,246 @@
+"""One pass over what is in a snapshot's directory. Runs in worker processes, one snapshot each.
+
+It looks at every inode and its attributes once, reads no content, and hands back little: findings that the tree shows
+by itself, and, for what only all trees together show, which inodes have several names, and which objects are used.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from snapshotter.content.stubs import ref_of
+from snapshotter.linux import FS_APPEND_FL, FS_IMMUTABLE_FL, get_inode_flags
+from snapshotter.overlay.attributes import Names, by_name
+from snapshotter.overlay.features import NO_FEATURES, OF_STUBS, Feature
+from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
+
+STUB_REF = re.compile(r"[0-9a-f]{20}(\.[0-9a-f]+)?")
+"""The name of a ref to an object that is a content (stubs.py): two digits of its directory, then its name."""
+_MANY = 20
+"""Paths that are named where there may be any number."""
+
+
+class Role(enum.Enum):
+    """What a directory with fs/ in it is."""
+
+    LAYER = enum.auto()
+    UPPER = enum.auto()
+    OTHER = enum.auto()
+    """Nothing is said about it; what it links to is counted."""
+
+
+class Inode(NamedTuple):
+    """A file that has, or may have, several names."""
+
+    links: int
+    size_bytes: int
+    changed_ns: int
+    """Its ctime."""
+
+
+@dataclass(slots=True)
+class Scanned:
+    """What is in one directory."""
+
+    identity: int
+    """The inode of the directory: it stays when that is renamed."""
+    inodes: dict[int, Inode] = field(default_factory=dict)
+    """Files with several names, of the tree and of refs/."""
+    paths: Counter[int] = field(default_factory=Counter)
+    """How many names each of them has in the tree."""
+    first: dict[int, bytes] = field(default_factory=dict)
+    """One of these names."""
+    elsewhere: Counter[int] = field(default_factory=Counter)
+    """How many names they have in the directory, but not in the tree."""
+    refs: dict[str, int] = field(default_factory=dict)
+    """The inode of each entry of refs/."""
+    needs: Feature = NO_FEATURES
+    unheld: dict[str, bytes] = field(default_factory=dict)
+    """Objects that stubs use and refs/ has not: one path."""
+    sizes: list[tuple[str, bytes, int]] = field(default_factory=list)
+    """Stubs that have another size than what refs/ has: object, path, size."""
+    unused: list[str] = field(default_factory=list)
+    """Entries of refs/ that nothing uses."""
+    dead: list[bytes] = field(default_factory=list)
+    """Paths with attributes of a dead mount, the first ones."""
+    unknown: list[tuple[bytes, str]] = field(default_factory=list)
+    """Paths with attributes that no layer has, the first ones."""
+    uses_lowers: bool = False
+    """Whether there are renamed directories, or files whose content is in a layer below (overlays.py)."""
+
+
+def scan(directory: Path, role: Role, names: Names) -> Scanned:
+    """Raises FileNotFoundError when the directory is gone, OSError."""
+    fd = os.open(directory, OPEN_DIRECTORY)
+    try:
+        scanned = Scanned(os.fstat(fd).st_ino)
+        present = os.listdir(fd)
+    finally:
+        os.close(fd)
+    _scan_refs(directory / "refs", scanned)
+    if "fs" in present:
+        _scan_tree(directory / "fs", role, names, scanned)
+    for name in present:
+        if name not in ("fs", "refs"):
+            _count(directory / name, scanned)
+    return scanned
+
+
+def users(directory: Path, refs: frozenset[str], inodes: frozenset[int]) -> dict[str, list[bytes]]:
+    """The paths that use some objects: stubs of `refs`, and files that are one of `inodes`, under the number as text.
+    Raises OSError."""
+    found: dict[str, list[bytes]] = {}
+    for name in _names(directory / "fs"):
+        if not name.is_file:
+            continue
+        key = str(name.inode) if name.inode in inodes else None
+        if key is None and refs:
+            path = by_name(name.directory_fd, name.name)
+            ref = _ref(path, os.listxattr(path, follow_symlinks=False))
+            key = ref if ref in refs else None
+        if key is not None:
+            found.setdefault(key, []).append(name.directory + name.name)
+    return found
+
+
+def _scan_refs(directory: Path, scanned: Scanned) -> None:
+    try:
+        entries = list(os.scandir(directory))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        status = entry.stat(follow_symlinks=False)
+        scanned.refs[entry.name] = status.st_ino
+        scanned.inodes[status.st_ino] = Inode(status.st_nlink, status.st_size, status.st_ctime_ns)
+        scanned.elsewhere[status.st_ino] += 1
+
+
+def _scan_tree(tree: Path, role: Role, names: Names, scanned: Scanned) -> None:
+    used: set[str] = set()
+    fd = os.open(tree, OPEN_DIRECTORY)
+    try:
+        if role is not Role.OTHER:
+            _judge(by_name(fd, b"."), b".", os.listxattr(fd), role, names, scanned)
+        for name in walk_names(fd):
+            _visit(name, role, names, scanned, used)
+    finally:
+        os.close(fd)
+    if role is Role.LAYER:
+        held = (ref for ref, inode in scanned.refs.items() if ref not in used and inode not in scanned.paths)
+        scanned.unused.extend(held)
+
+
+def _visit(name: Name, role: Role, names: Names, scanned: Scanned, used: set[str]) -> None:
+    path = by_name(name.directory_fd, name.name)
+    try:
+        status = os.stat(name.name, dir_fd=name.directory_fd, follow_symlinks=False) if name.is_file else None
+        if status and status.st_nlink > 1:
+            inode = status.st_ino
+            scanned.inodes[inode] = Inode(status.st_nlink, status.st_size, status.st_ctime_ns)
+            scanned.paths[inode] += 1
+            scanned.first.setdefault(inode, name.directory + name.name)
+        if role is Role.OTHER:
+            return
+        attributes = os.listxattr(path, follow_symlinks=False)
+        if not attributes or not any(attribute.startswith(names.prefix) for attribute in attributes):
+            return
+        ref = _ref(path, attributes) if status else None
+    except FileNotFoundError:  # of an upper that is in use
+        return
+    if status and ref:
+        scanned.needs |= OF_STUBS
+        used.add(ref)
+        _check_stub(ref, name.directory + name.name, status, scanned)
+    else:
+        _judge(path, name.directory + name.name, attributes, role, names, scanned)
+
+
+def _check_stub(ref: str, path: bytes, status: os.stat_result, scanned: Scanned) -> None:
+    inode = scanned.refs.get(ref)
+    if inode is None:
+        scanned.unheld.setdefault(ref, path)
+        scanned.sizes.append((ref, path, status.st_size))
+    elif scanned.inodes[inode].size_bytes != status.st_size:
+        scanned.sizes.append((ref, path, status.st_size))
+
+
+def _judge(path: bytes, shown: bytes, attributes: Iterable[str], role: Role, names: Names, scanned: Scanned) -> None:
+    """What the attributes of anything but a stub say."""
+    for attribute in attributes:
+        if attribute == names.metacopy:
+            scanned.needs |= Feature.METACOPY
+            scanned.uses_lowers = True
+        elif attribute == names.redirect:
+            scanned.needs |= Feature.REDIRECT_DIR
+            scanned.uses_lowers = True
+        elif role is not Role.LAYER:
+            continue
+        elif attribute in names.dead:
+            if len(scanned.dead) < _MANY and not _is_locked(path):
+                scanned.dead.append(shown)
+        elif names.is_unknown(attribute) and len(scanned.unknown) < _MANY:
+            scanned.unknown.append((shown, attribute))
+
+
+def _ref(path: bytes, attributes: Iterable[str]) -> str | None:
+    """The ref of the object of a stub; None of everything else."""
+    values = {name: b"" for name in attributes}
+    redirect = next((name for name in values if name.endswith(".overlay.redirect")), None)
+    if redirect is None:
+        return None
+    values[redirect] = os.getxattr(path, redirect, follow_symlinks=False)
+    ref = ref_of(values)
+    return ref if ref and STUB_REF.fullmatch(ref) else None
+
+
+def _is_locked(path: bytes) -> bool:
+    """Whether its attributes cannot be changed: then they stay when a layer is sealed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return bool(get_inode_flags(fd) & (FS_IMMUTABLE_FL | FS_APPEND_FL))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _names(tree: Path) -> Iterable[Name]:
+    try:
+        fd = os.open(tree, OPEN_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        yield from walk_names(fd)
+    finally:
+        os.close(fd)
+
+
+def _count(place: Path, scanned: Scanned) -> None:
+    """Files with several names anywhere below a directory, or a file itself."""
+    try:
+        status = place.lstat()
+    except FileNotFoundError:  # temporary
+        return
+    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        scanned.elsewhere[status.st_ino] += 1
+    if not stat.S_ISDIR(status.st_mode):
+        return
+    for name in _names(place):
+        if name.is_file:
+            try:
+                status = os.stat(name.name, dir_fd=name.directory_fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if status.st_nlink > 1:
+                scanned.elsewhere[status.st_ino] += 1
