@@ -15,6 +15,7 @@
       trash/                renamed here, deleted in the background
       spool/                unnamed temporary files (answers on their way to slow clients) and trial mounts:
                             nothing that outlives the process
+      lost+found/           what a repair took out of its place (fsck.lost)
 
 A view that has a parent owns nothing here.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 from snapshotter import failpoint, layer, linux
 from snapshotter.content import files
 from snapshotter.content.hashing import Hasher
+from snapshotter.content.plan import read_plan, settle
 from snapshotter.content.stubs import DIGEST
 from snapshotter.durable import sync_directory
 from snapshotter.errors import quote
@@ -158,8 +159,13 @@ class FinishSwaps:
     def apply(self, bench: Bench) -> None:
         seal = bench.root.seal(self.snapshot)
         stages = [path for path in seal.iterdir() if path.name.isdecimal()]
-        bench.workers.call(files.finish_swaps, bench.root.fs(self.snapshot), stages)
-        _sync_filesystem(bench.root.fs(self.snapshot))
+        tree, plan = bench.root.fs(self.snapshot), read_plan(seal)
+        mtimes_ns = plan.mtimes_ns if plan else bench.workers.call(layer.finish, tree, bench.names).mtimes_ns
+        bench.workers.call(files.finish_swaps, tree, stages)
+        bench.workers.call(settle, tree, mtimes_ns, True, False)
+        for swapping in [path for stage in stages for path in stage.glob("swapping-*")]:
+            if swapping.stat().st_nlink > 1:  # what counts in the link count of a file of the layer
+                swapping.unlink()
         bench.lost.move(seal, "what was left of sharing the layer's files; they are shared now")
 
 
@@ -310,6 +316,8 @@ class Separate:
     inode: int
     together: bool
     """Whether all paths that it has there stay one file."""
+    is_content: bool = False
+    """Whether the inode is the object of stubs, whose mark the copy must not have."""
 
     @property
     def touches(self) -> frozenset[SnapshotId]:
@@ -326,7 +334,7 @@ class Separate:
             # With other names, it is what a kill left: the rest of the file's names go to the same copy.
             if not (self.together and place.exists() and place.stat().st_nlink > 1):
                 place.unlink(missing_ok=True)
-                duplicate(group[0], place)
+                duplicate(group[0], place, frozenset([DIGEST]) if self.is_content else frozenset())
             for path in group:
                 _put(place, path, root)
             place.unlink()
@@ -409,11 +417,3 @@ def _put(source: Path, target: Path, root: Root) -> None:
     failpoint.hit("fsck.step")
     os.utime(target.parent, ns=(status.st_atime_ns, status.st_mtime_ns))
     sync_directory(target.parent)
-
-
-def _sync_filesystem(directory: Path) -> None:
-    fd = os.open(directory, OPEN_DIRECTORY)
-    try:
-        linux.syncfs(fd)
-    finally:
-        os.close(fd)

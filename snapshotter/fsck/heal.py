@@ -161,11 +161,13 @@ def _write(source: int, place: Path, template: File) -> None:
         os.close(target)
 
 
-def duplicate(source_path: Path, place: Path) -> None:
-    """Makes a durable new inode with the content and the metadata of a file. Raises OSError."""
+def duplicate(source_path: Path, place: Path, without: frozenset[str]) -> None:
+    """Makes a durable new inode with the content and the metadata of a file, but some attributes. Raises OSError."""
     source = os.open(source_path, _OPEN)
     try:
-        _write(source, place, _file(source, b""))
+        file = _file(source, b"")
+        kept = {key: value for key, value in file.attributes.items() if key not in without}
+        _write(source, place, file._replace(attributes=kept))
     finally:
         os.close(source)
 

@@ -67,6 +67,11 @@ class Image:
             seen.add(record.id)
             yield record
 
+    def has_sound_chain(self, record: Record) -> bool:
+        """Whether all layers below it are there, and are layers."""
+        lineage = [record, *self.ancestors(record)]
+        return lineage[-1].parent_id is None and all(each.kind is Kind.COMMITTED for each in lineage[1:])
+
     def layers(self) -> list[Record]:
         """The committed snapshots."""
         return [record for record in self.records.values() if record.kind is Kind.COMMITTED]

@@ -5,6 +5,7 @@ links of an inode = its name in the store, one in refs/ of each layer that holds
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ class References:
         self._refs_of = {inode: ref for ref, (inode, _) in stored.inodes.items()}
         self._holders: dict[str, set[SnapshotId]] = defaultdict(set)
         for snapshot_id, scanned in self._layers.items():
-            for ref in (*scanned.refs, *scanned.unheld):
+            for ref in scanned.refs.keys() | scanned.stubs.keys():
                 self._holders[ref].add(snapshot_id)
 
     def holders(self, ref: str) -> frozenset[SnapshotId]:
@@ -52,7 +53,9 @@ class References:
 
     def lost_objects(self) -> frozenset[str]:
         """Refs of objects that cannot be read right."""
-        missing = {ref for scanned in self._layers.values() for ref in scanned.unheld if ref not in self._stored.inodes}
+        missing: set[str] = set()
+        for scanned in self._layers.values():
+            missing |= scanned.stubs.keys() - scanned.refs.keys() - self._stored.inodes.keys()
         return frozenset(missing | self._stored.damaged.keys())
 
     def check(self, paths: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
@@ -81,9 +84,8 @@ class References:
 
     def _size_of_missing(self, ref: str) -> int | None:
         for scanned in self._layers.values():
-            for used, _path, size_bytes in scanned.sizes:
-                if used == ref:
-                    return size_bytes
+            if ref in scanned.stubs:
+                return scanned.stubs[ref][1]
         return None
 
     def _marks(self) -> Iterator[Finding]:
@@ -97,21 +99,21 @@ class References:
             title = self._image.title(snapshot_id)
             for ref, inode in scanned.refs.items():
                 if ref not in self._stored.inodes:
-                    if not self._is_new(scanned.inodes[inode]):
-                        fix = LinkObject(ref, snapshot_id, to_store=True)
-                        yield Finding("object-unlinked", _store_path(ref), f"held by {title}", snapshot_id, fix)
+                    fix = LinkObject(ref, snapshot_id, to_store=True)
+                    yield Finding("object-unlinked", _store_path(ref), f"held by {title}", snapshot_id, fix)
                 elif self._stored.inodes[ref][0] != inode and not self._is_new(self._stored.inodes[ref][1]):
                     replace = ReplaceReference(ref, snapshot_id)
                     yield Finding("reference-foreign", _ref_path(snapshot_id, ref), title, snapshot_id, replace)
-            for ref, path in scanned.unheld.items():
+            for ref in scanned.stubs.keys() - scanned.refs.keys():
                 if ref in self._stored.inodes:
-                    detail = f"{title} uses it for {os.fsdecode(path)}"
+                    detail = f"{title} uses it for {os.fsdecode(scanned.stubs[ref][0])}"
                     link = LinkObject(ref, snapshot_id, to_store=False)
                     yield Finding("reference-missing", _ref_path(snapshot_id, ref), detail, snapshot_id, link)
 
     def _sizes(self) -> Iterator[Finding]:
         for snapshot_id, scanned in self._layers.items():
-            for ref, path, size_bytes in scanned.sizes:
+            stubs = ((ref, *stub) for ref, stub in scanned.stubs.items())
+            for ref, path, size_bytes in itertools.chain(stubs, scanned.odd):
                 inode = self._stored.inodes.get(ref)
                 if inode is not None and inode[1].size_bytes != size_bytes and ref not in self._stored.damaged:
                     detail = f"{size_bytes} bytes, and its object {_store_path(ref)} has {inode[1].size_bytes}"
@@ -186,7 +188,9 @@ class References:
                 if inode in owners and not self._is_new(scanned.inodes[inode]):
                     path = scanned.first[inode]
                     # A name in the index of the upper says that it is linked to others in a way that a copy breaks.
-                    fix = None if scanned.elsewhere[inode] else Separate(snapshot_id, inode, together=True)
+                    is_content = is_stub_ref(self._refs_of.get(inode, ""))
+                    is_indexed = bool(scanned.elsewhere[inode])
+                    fix = None if is_indexed else Separate(snapshot_id, inode, together=True, is_content=is_content)
                     subject = _tree_path(snapshot_id, path)
                     yield Finding("upper-shared", subject, f"is also {owners[inode]}", snapshot_id, fix)
 

@@ -62,22 +62,20 @@ class Check:
         """All findings, and how far it is in between. Raises Stopped, OSError, and FailedPrecondition for a newer
         schema."""
         yield Progress("metadata", 0, 1)
-        yield from self._database()
+        problems, before = self.subject.problems(), None
         try:
             before = Image(self.subject.read())
         except OSError as error:
             yield Finding("database-unreadable", "metadata/data.mdb", str(error))
-            before = None
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            fix = RewriteDatabase() if before else None
+            yield Finding("database-damaged", "metadata/data.mdb", problems[0] + more, fix=fix)
         with ThreadPoolExecutor(self.subject.workers.cpus, "fsck") as pool:
             try:
                 yield from self._everything(before, pool)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _database(self) -> Iterator[Finding]:
-        if found := self.subject.problems():
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            yield Finding("database-damaged", "metadata/data.mdb", found[0] + more, fix=RewriteDatabase())
 
     def _everything(self, before: Image | None, pool: ThreadPoolExecutor) -> Generator[Event, None, None]:
         scans = yield from self._scan_trees(before, pool)
@@ -95,7 +93,8 @@ class Check:
         } - spared
         found: list[Finding] = [*metadata.check(image, frozenset(listed))]
         if not image.damaged:
-            found += self._settled(image, places.check(root, image, spared, listed))
+            named = {finding.snapshot for finding in found if finding.id == "record-lost" and finding.snapshot}
+            found += self._settled(image, places.check(root, image, spared | named, listed))
             known = {snapshot_id: scanned for snapshot_id, scanned in scans.items() if snapshot_id in unchanged}
             gone = [scanned for snapshot_id, scanned in scans.items() if snapshot_id not in unchanged]
             found += self._layers(image, known)
@@ -191,10 +190,9 @@ class Check:
         root, jobs = self.subject.root, {}
         for snapshot_id, scanned in scans.items():
             record = image.records[snapshot_id]
-            below = list(image.ancestors(record))
-            is_whole = not (below[-1] if below else record).parent_id
-            if scanned.uses_lowers and is_whole and record.kind is Kind.COMMITTED and not record.sealing:
-                trees_below = [root.fs(layer.id) for layer in below]
+            is_layer = record.kind is Kind.COMMITTED and not record.sealing
+            if scanned.uses_lowers and is_layer and image.has_sound_chain(record):
+                trees_below = [root.fs(layer.id) for layer in image.ancestors(record)]
                 jobs[snapshot_id] = (overlays.check, root.fs(snapshot_id), trees_below, self.subject.names)
         found: list[Finding] = []
         for snapshot_id, unresolved in (yield from self._run("redirections", jobs, pool)).items():

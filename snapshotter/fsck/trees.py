@@ -53,7 +53,7 @@ class Scanned:
     identity: int
     """The inode of the directory: it stays when that is renamed."""
     inodes: dict[int, Inode] = field(default_factory=dict)
-    """Files with several names, of the tree and of refs/."""
+    """Files of the tree with several names."""
     paths: Counter[int] = field(default_factory=Counter)
     """How many names each of them has in the tree."""
     first: dict[int, bytes] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class Scanned:
     refs: dict[str, int] = field(default_factory=dict)
     """The inode of each entry of refs/."""
     needs: Feature = NO_FEATURES
-    unheld: dict[str, bytes] = field(default_factory=dict)
-    """Objects that stubs use and refs/ has not: one path."""
-    sizes: list[tuple[str, bytes, int]] = field(default_factory=list)
-    """Stubs that have another size than what refs/ has: object, path, size."""
+    stubs: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    """Of each object that stubs use: the path of one, and its size."""
+    odd: list[tuple[str, bytes, int]] = field(default_factory=list)
+    """Stubs of the same object that have another size."""
     unused: list[str] = field(default_factory=list)
     """Entries of refs/ that nothing uses."""
     dead: list[bytes] = field(default_factory=list)
@@ -117,28 +117,25 @@ def _scan_refs(directory: Path, scanned: Scanned) -> None:
     except FileNotFoundError:
         return
     for entry in entries:
-        status = entry.stat(follow_symlinks=False)
-        scanned.refs[entry.name] = status.st_ino
-        scanned.inodes[status.st_ino] = Inode(status.st_nlink, status.st_size, status.st_ctime_ns)
-        scanned.elsewhere[status.st_ino] += 1
+        scanned.refs[entry.name] = entry.inode()
+        scanned.elsewhere[entry.inode()] += 1
 
 
 def _scan_tree(tree: Path, role: Role, names: Names, scanned: Scanned) -> None:
-    used: set[str] = set()
     fd = os.open(tree, OPEN_DIRECTORY)
     try:
         if role is not Role.OTHER:
             _judge(by_name(fd, b"."), b".", os.listxattr(fd), role, names, scanned)
         for name in walk_names(fd):
-            _visit(name, role, names, scanned, used)
+            _visit(name, role, names, scanned)
     finally:
         os.close(fd)
     if role is Role.LAYER:
-        held = (ref for ref, inode in scanned.refs.items() if ref not in used and inode not in scanned.paths)
+        held = (ref for ref, inode in scanned.refs.items() if ref not in scanned.stubs and inode not in scanned.paths)
         scanned.unused.extend(held)
 
 
-def _visit(name: Name, role: Role, names: Names, scanned: Scanned, used: set[str]) -> None:
+def _visit(name: Name, role: Role, names: Names, scanned: Scanned) -> None:
     path = by_name(name.directory_fd, name.name)
     try:
         status = os.stat(name.name, dir_fd=name.directory_fd, follow_symlinks=False) if name.is_file else None
@@ -157,19 +154,11 @@ def _visit(name: Name, role: Role, names: Names, scanned: Scanned, used: set[str
         return
     if status and ref:
         scanned.needs |= OF_STUBS
-        used.add(ref)
-        _check_stub(ref, name.directory + name.name, status, scanned)
+        stub = name.directory + name.name, status.st_size
+        if scanned.stubs.setdefault(ref, stub)[1] != status.st_size:
+            scanned.odd.append((ref, *stub))
     else:
         _judge(path, name.directory + name.name, attributes, role, names, scanned)
-
-
-def _check_stub(ref: str, path: bytes, status: os.stat_result, scanned: Scanned) -> None:
-    inode = scanned.refs.get(ref)
-    if inode is None:
-        scanned.unheld.setdefault(ref, path)
-        scanned.sizes.append((ref, path, status.st_size))
-    elif scanned.inodes[inode].size_bytes != status.st_size:
-        scanned.sizes.append((ref, path, status.st_size))
 
 
 def _judge(path: bytes, shown: bytes, attributes: Iterable[str], role: Role, names: Names, scanned: Scanned) -> None:

@@ -1,5 +1,5 @@
 """The fixtures of the end-to-end tests: images built once, and a fresh rig for each test, at whose end no two paths
-of any chain may share an inode that the images did not link."""
+of any chain may share an inode that the images did not link, and a full check of the store finds nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import pytest
 
-from snapshotter.client import Client
+from snapshotter.client import Client, Found
+from snapshotter.fsck.findings import Finding
 from tests.rig.chains import alias_findings, image_links
 from tests.rig.containerd import Rig, directory_for_overlay
 from tests.rig.image import Image, Recipe, build_image
@@ -71,14 +72,22 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def rig(mode: str) -> Iterator[Rig]:
-    """Fresh daemon and containerd. At the end there must be no alias, the daemon must stop with 0, and nothing
-    may be left."""
+    """Fresh daemon and containerd. At the end there must be no alias and nothing for fsck to find, the daemon must stop
+    with 0, and nothing may be left."""
     if reason := missing():
         skip(reason)
     with Rig(daemon_arguments=["--mount-mode", mode]) as running:
         yield running
         print(running.logs(100))  # pytest shows it with a failed test
         assert find_aliases(running) == []
+        assert errors_found(running) == []
+
+
+def errors_found(rig: Rig) -> list[Finding]:
+    """By a check of the running daemon, contents included."""
+    with Client(str(rig.daemon.address)) as client:
+        found = [event.finding for event in client.check(verify_content=True) if isinstance(event, Found)]
+    return [finding for finding in found if finding.is_error]
 
 
 def find_aliases(rig: Rig) -> list[str]:
