@@ -193,6 +193,8 @@ class LinkObject:
     def apply(self, bench: Bench) -> None:
         stored, held = Lost(self.ref, None).path(bench.root), bench.root.refs(self.snapshot) / self.ref
         source, target = (held, stored) if self.to_store else (stored, held)
+        if self.to_store and not _is_right(held, self.ref):
+            raise CannotRepair("what the layer holds is damaged itself, or another file")
         target.parent.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileExistsError):  # another layer's finding was the same
             os.link(source, target, follow_symlinks=False)

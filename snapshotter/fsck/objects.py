@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def is_stub_ref(ref: str) -> bool:
     return STUB_REF.fullmatch(ref) is not None
 
 
-def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int) -> Stored:
-    """`threads`: for one big file. Raises OSError."""
+def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int, from_disk: bool) -> Stored:
+    """`threads`: for one big file. `from_disk`: contents are read there, and not in memory, where they may still be
+    right. Raises OSError."""
     stored, hasher = Stored(), Hasher(threads)
     for shard in shards:
         try:
@@ -58,9 +60,8 @@ def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int)
             continue
         try:
             for name in os.listdir(fd):
-                _visit(fd, shard, name, stored, hasher if verify_content else None)
-        except FileNotFoundError:  # collected meanwhile
-            continue
+                with suppress(FileNotFoundError):  # collected meanwhile
+                    _visit(fd, shard, name, stored, hasher if verify_content else None, from_disk)
         finally:
             os.close(fd)
     return stored
@@ -93,7 +94,7 @@ def _ref_of(locator: tuple[str, str]) -> str:
     return locator[0] + locator[1]
 
 
-def _visit(shard_fd: int, shard: str, name: str, stored: Stored, hasher: Hasher | None) -> None:
+def _visit(shard_fd: int, shard: str, name: str, stored: Stored, hasher: Hasher | None, from_disk: bool) -> None:
     ref, status = shard + name, os.stat(name, dir_fd=shard_fd, follow_symlinks=False)
     is_stub = is_stub_ref(ref)
     if not stat.S_ISREG(status.st_mode) or not (is_stub or _LINK_REF.fullmatch(ref)):
@@ -105,20 +106,26 @@ def _visit(shard_fd: int, shard: str, name: str, stored: Stored, hasher: Hasher 
     if is_stub and not is_marked:
         stored.unmarked[ref] = "it carries none" if mark is None else f"it carries {mark.hex()}"
     if hasher is not None:
-        _verify(shard_fd, name, ref, mark if is_marked else None, stored, hasher)
-
-
-def _verify(shard_fd: int, name: str, ref: str, mark: bytes | None, stored: Stored, hasher: Hasher) -> None:
-    try:
-        fd = os.open(name, _OPEN, dir_fd=shard_fd)
         try:
-            digest, is_right = digest_by_name(fd, ref, hasher)
+            fd = os.open(name, _OPEN, dir_fd=shard_fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            stored.damaged[ref] = f"it cannot be opened: {error.strerror}"
+            return
+        try:
+            if from_disk:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if wrong := _verify(fd, ref, mark if is_marked else None, hasher):
+                stored.damaged[ref] = wrong
         finally:
             os.close(fd)
-    except FileNotFoundError:
-        raise
+
+
+def _verify(fd: int, ref: str, mark: bytes | None, hasher: Hasher) -> str:
+    """What is wrong with the content of an open object; empty if nothing is."""
+    try:
+        digest, is_right = digest_by_name(fd, ref, hasher)
     except OSError as error:
-        stored.damaged[ref] = f"it cannot be read: {error.strerror}"
-        return
-    if not is_right or mark not in (None, digest):
-        stored.damaged[ref] = f"its hash is {digest.hex()}"
+        return f"it cannot be read: {error.strerror}"
+    return "" if is_right and mark in (None, digest) else f"its hash is {digest.hex()}"

@@ -123,11 +123,14 @@ def _mounted(root: Root) -> set[SnapshotId]:
     status = os.stat(root.snapshots)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     by_path = re.compile(re.escape(os.path.realpath(root.snapshots)) + r"/(\d+)/")
+    # containerd cuts what all layers have in common where their options are too long.
+    by_relative_path = re.compile(r"[=:](\d+)/fs(?=[:,]|$)")
     by_root = re.compile(r"/snapshots/(\d+)/")
     for line in mountinfo.lines_everywhere():
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
-        found.update(SnapshotId(int(number)) for number in by_path.findall(after))
+        for pattern in (by_path, by_relative_path):
+            found.update(SnapshotId(int(number)) for number in pattern.findall(after))
         if fields[2] == device and (match := by_root.search(f"{fields[3]}/")):
             found.add(SnapshotId(int(match[1])))
     return found

@@ -71,11 +71,11 @@ class Check:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             fix = RewriteDatabase() if before else None
             yield Finding("database-damaged", "metadata/data.mdb", problems[0] + more, fix=fix)
-        with ThreadPoolExecutor(self.subject.workers.cpus, "fsck") as pool:
-            try:
-                yield from self._everything(before, pool)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(self.subject.workers.cpus, "fsck")
+        try:
+            yield from self._everything(before, pool)
+        finally:  # who gave up does not wait for what is under way
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _everything(self, before: Image | None, pool: ThreadPoolExecutor) -> Generator[Event, None, None]:
         scans = yield from self._scan_trees(before, pool)
@@ -138,11 +138,11 @@ class Check:
 
     def _scan_objects(self, pool: ThreadPoolExecutor) -> Generator[Event, None, Stored]:
         shards = sorted(SHARDS_OF_OBJECTS)
+        how = self.verify_content, self.subject.workers.cpus, self.subject.since_ns is None
         jobs = {
-            part: (objects.scan, self.subject.root.objects, shards[part::_PARTS_OF_STORE], self.verify_content,
-                   self.subject.workers.cpus)
+            part: (objects.scan, self.subject.root.objects, shards[part::_PARTS_OF_STORE], *how)
             for part in range(_PARTS_OF_STORE)
-        }  # fmt: skip
+        }
         stored = Stored()
         for part in (yield from self._run("objects", jobs, pool)).values():
             stored.add(part)

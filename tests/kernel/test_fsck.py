@@ -592,6 +592,19 @@ def test_damage_is_found_and_repaired(base: Path, prepared: Prepared, damage: Da
         store.check_content(*damage.spoils)
 
 
+def test_a_store_of_the_schema_before_is_clean(stubs: Store) -> None:
+    stubs.change(("store", b"version", schema.encode_u32(1)))
+    assert stubs.repair() == ([], [], [])
+    assert stubs.image().raw["store"][b"version"] == schema.encode_u32(1)
+
+
+def test_a_store_of_a_newer_version_is_refused(stubs: Store) -> None:
+    stubs.change(("store", b"version", schema.encode_u32(schema.SCHEMA_VERSION + 1)))
+    result = snapctl(stubs, "--repair")
+    assert result.returncode == FAILED
+    assert "newer dedup-snapshotter" in result.stderr
+
+
 # -- repair
 
 
@@ -743,11 +756,14 @@ def test_without_a_daemon_it_says_how_to_go_on(stubs: Store) -> None:
 def test_the_daemon_finds_what_an_offline_check_finds(stubs: Store) -> None:
     lose_reference(stubs)
     spoil_object(stubs)
+    name = os.fsencode(stubs.tree("last")) + b"/\xff"
+    os.mknod(name)
+    os.setxattr(name, "trusted.overlay.new", b"")
     with stubs.host() as host:
         events = list(host.client.check(verify_content=True))
         found = [event for event in events if isinstance(event, Found)]
-        assert {each.finding.id for each in found} == {"reference-missing", "object-content"}
-        assert all(each.repair for each in found)
+        assert {each.finding.id for each in found} == {"reference-missing", "object-content", "attribute-unknown"}
+        assert all(each.repair for each in found if each.finding.id != "attribute-unknown")
         assert any(isinstance(event, Progress) for event in events)
 
 

@@ -23,7 +23,8 @@ from typing import Self
 
 from snapshotter import linux
 from snapshotter.cli.mounting import mount_all
-from snapshotter.client import Client
+from snapshotter.client import Client, Found
+from snapshotter.fsck.findings import Finding
 from snapshotter.model import Mount
 from tests.rig.daemon import Daemon
 from tests.rig.namespace import mounts_below
@@ -79,8 +80,10 @@ class Host:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        found = self.errors_found() if exc is None and self.daemon.process else []
         self._disconnect()
         self.daemon.__exit__(exc_type, exc, tb)
+        assert found == [], "fsck finds something"
 
     @property
     def client(self) -> Client:
@@ -108,6 +111,11 @@ class Host:
         if self._client is not None:
             self._client.close()
             self._client = None
+
+    def errors_found(self) -> list[Finding]:
+        """By a check of the running daemon."""
+        found = [event.finding for event in self.client.check() if isinstance(event, Found)]
+        return [finding for finding in found if finding.is_error]
 
     # -- what clients do
 
