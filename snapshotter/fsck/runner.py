@@ -29,6 +29,7 @@ Event = Finding | Progress
 _Scans = dict[SnapshotId, Scanned]
 
 _PARTS_OF_STORE = 32
+"""Where contents are read, which takes different times."""
 _MANY_PATHS = 5
 
 
@@ -138,11 +139,9 @@ class Check:
 
     def _scan_objects(self, pool: ThreadPoolExecutor) -> Generator[Event, None, Stored]:
         shards = sorted(SHARDS_OF_OBJECTS)
+        parts = _PARTS_OF_STORE if self.verify_content else self.subject.workers.cpus
         how = self.verify_content, self.subject.workers.cpus, self.subject.since_ns is None
-        jobs = {
-            part: (objects.scan, self.subject.root.objects, shards[part::_PARTS_OF_STORE], *how)
-            for part in range(_PARTS_OF_STORE)
-        }
+        jobs = {part: (objects.scan, self.subject.root.objects, shards[part::parts], *how) for part in range(parts)}
         stored = Stored()
         for part in (yield from self._run("objects", jobs, pool)).values():
             stored.add(part)
