@@ -294,8 +294,11 @@ class Rebuild:
             for snapshot_id in sorted(self.touches):
                 for path in _paths_of(root, snapshot_id, old):
                     _put(made, path, root)
-                root.refs(snapshot_id).mkdir(mode=0o700, exist_ok=True)
-                _put(made, root.refs(snapshot_id) / ref, root)
+                held = root.refs(snapshot_id) / ref
+                held.parent.mkdir(mode=0o700, exist_ok=True)
+                if held.exists() and held.stat().st_ino not in (old, made.stat().st_ino):
+                    bench.lost.keep(held, f"snapshot {snapshot_id} held it in the place of an object")
+                _put(made, held, root)
             _put(made, stored, root)  # last: until then a repetition finds it damaged
 
 

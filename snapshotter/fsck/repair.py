@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from snapshotter.durable import Stopped
+from snapshotter.errors import SnapshotterError
 from snapshotter.fsck.findings import Finding
 from snapshotter.fsck.fixes import Bench
 from snapshotter.model import SnapshotId
@@ -51,8 +52,10 @@ def carry_out(steps: Iterable[Step], bench: Bench) -> Iterator[Done]:
             fix.apply(bench)
         except Stopped:
             raise
-        except OSError as error:
-            yield Done(step, error.strerror or str(error))
+        except (OSError, SnapshotterError) as error:
+            yield Done(step, getattr(error, "strerror", None) or str(error))
+            if step.finding.id == "database-damaged":
+                return  # to write into such a file may do more harm
         else:
             yield Done(step)
 

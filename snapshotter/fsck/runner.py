@@ -86,16 +86,16 @@ class Check:
             yield Finding("stray", f"objects/{stray}")
         if before is None:
             return
-        root, listed = self.subject.root, places.directory_ids(self.subject.root)
+        listed = places.directory_ids(self.subject.root)
         spared = self.subject.spared()  # in this order, as the sweep of the engine has it
         image = self.image = Image(self.subject.read())
         unchanged = {
             snapshot_id for snapshot_id, record in image.records.items() if before.records.get(snapshot_id) == record
         } - spared
-        found: list[Finding] = [*metadata.check(image, frozenset(listed))]
+        found: list[Finding] = [*metadata.check(image, listed)]
         if not image.damaged:
             named = {finding.snapshot for finding in found if finding.id == "record-lost" and finding.snapshot}
-            found += self._settled(image, places.check(root, image, spared | named, listed))
+            found += self._places(image, spared | named, listed)
             known = {snapshot_id: scanned for snapshot_id, scanned in scans.items() if snapshot_id in unchanged}
             gone = [scanned for snapshot_id, scanned in scans.items() if snapshot_id not in unchanged]
             found += self._layers(image, known)
@@ -105,14 +105,16 @@ class Check:
             found += references.check(paths)
         yield from found
 
-    def _settled(self, image: Image, found: Iterator[Finding]) -> Iterator[Finding]:
-        """Without what is only so because a snapshot was removed after the image was read."""
-        for finding in found:
-            if self.subject.since_ns is not None and finding.snapshot in image.records:
-                still = Image(self.subject.read()).records.get(finding.snapshot)
-                if still != image.records[finding.snapshot] or finding.snapshot in self.subject.spared():
-                    continue
-            yield finding
+    def _places(self, image: Image, spared: frozenset[SnapshotId], listed: frozenset[int]) -> list[Finding]:
+        """While others work on the root, only what is so twice: one that was begun or ended after the metadata was read
+        is known, or spared, the second time."""
+        root = self.subject.root
+        found = list(places.check(root, image, spared, listed))
+        if self.subject.since_ns is None or not found:
+            return found
+        spared |= self.subject.spared()  # before the metadata is read, as before
+        again = set(places.check(root, Image(self.subject.read()), spared, listed))
+        return [finding for finding in found if finding in again]
 
     def _scan_trees(self, image: Image | None, pool: ThreadPoolExecutor) -> Generator[Event, None, _Scans]:
         root, names = self.subject.root, self.subject.names
