@@ -30,9 +30,9 @@ class Stopped(Exception):
     """A long operation was asked to stop and did, between two steps."""
 
 
-def sync(fd: int, name: Sync) -> None:
-    """fsync(2). Under its `name` a test leaves it out (failpoint.py)."""
-    if not failpoint.is_left_out(name):
+def sync(fd: int, name: Sync | None = None) -> None:
+    """fsync(2). Under its `name` a test leaves it out (failpoint.py); those of repairs have none."""
+    if name is None or not failpoint.is_left_out(name):
         os.fsync(fd)
 
 
@@ -48,8 +48,8 @@ def sync_filesystem(fd: int, name: Sync) -> None:
         linux.syncfs(fd)
 
 
-def sync_directory(path: Path, name: Sync) -> None:
-    """Makes the names in a directory durable."""
+def sync_directory(path: Path, name: Sync | None = None) -> None:
+    """Makes the names in a directory durable. `name`: as for `sync`."""
     fd = os.open(path, _DIRECTORY)
     try:
         sync(fd, name)

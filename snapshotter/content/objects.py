@@ -45,6 +45,11 @@ _INSTANCES_AFTER_A_KILL = 8
 _UNSYNCED = "~"
 
 
+def is_unsynced(ref: str) -> bool:
+    """Whether the name of an object says that nobody had synced its content."""
+    return ref.startswith(_UNSYNCED, _SHARD_CHARS)
+
+
 class TooManyLinks(Exception):
     """No instance of the object takes another link."""
 

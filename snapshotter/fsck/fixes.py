@@ -15,6 +15,7 @@ from pathlib import Path
 from snapshotter import failpoint, layer, linux
 from snapshotter.content import files
 from snapshotter.content.hashing import Hasher
+from snapshotter.content.objects import is_unsynced
 from snapshotter.content.plan import read_plan, settle
 from snapshotter.content.stubs import DIGEST
 from snapshotter.durable import sync_directory
@@ -406,7 +407,8 @@ def _is_right(path: Path, ref: str) -> bool:
         digest, is_right = digest_by_name(fd, ref, Hasher(1))
     finally:
         os.close(fd)
-    return is_right and mark_of(os.fsencode(path)) in (None, digest)
+    mark = mark_of(os.fsencode(path))
+    return mark == digest if is_unsynced(ref) else is_right and mark in (None, digest)
 
 
 def _put(source: Path, target: Path, root: Root) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from snapshotter.content.files import File
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import locator_of_file
+from snapshotter.content.objects import is_unsynced
 from snapshotter.content.stubs import DIGEST, locator_of_digest
 from snapshotter.fsck.trees import STUB_REF, Inode
 from snapshotter.overlay.attributes import by_name
 from snapshotter.walker import OPEN_DIRECTORY
 
-_LINK_REF = re.compile(r"[0-9a-f]{2}[A-Za-z0-9_-]{42}(\.[0-9a-f]+)?")
+_LINK_REF = re.compile(r"[0-9a-f]{2}[~A-Za-z0-9_-][A-Za-z0-9_-]{41}(\.[0-9a-f]+)?")
 """The name of a ref to an object that is a whole file (links.py)."""
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
 SHARD_CHARS = 2
@@ -68,7 +69,8 @@ def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int,
 
 
 def digest_by_name(fd: int, ref: str, hasher: Hasher) -> tuple[bytes, bool]:
-    """The hash of an open object, and whether its name is right. Raises OSError."""
+    """The hash of an open object, and whether its name says the same, which those of `is_unsynced` never do.
+    Raises OSError."""
     status = os.fstat(fd)
     digest = hasher.hash(fd, status.st_size).digest
     if is_stub_ref(ref):
@@ -78,8 +80,15 @@ def digest_by_name(fd: int, ref: str, hasher: Hasher) -> tuple[bytes, bool]:
 
 
 def is_named(ref: str, digest: bytes) -> bool:
-    """Whether the name of a content's object is one for the hash."""
+    """Whether the name of a content's object is the one for the hash."""
     return _ref_of(locator_of_digest(digest)) == ref.partition(".")[0]
+
+
+def may_be_marked(ref: str, mark: bytes) -> bool:
+    """Whether the name of a content's object allows the hash that it carries."""
+    if is_unsynced(ref):
+        return locator_of_digest(mark).shard == ref[:SHARD_CHARS]
+    return is_named(ref, mark)
 
 
 def mark_of(path: bytes) -> bytes | None:
@@ -102,7 +111,7 @@ def _visit(shard_fd: int, shard: str, name: str, stored: Stored, hasher: Hasher 
         return
     stored.inodes[ref] = status.st_ino, Inode(status.st_nlink, status.st_size, status.st_ctime_ns)
     mark = mark_of(by_name(shard_fd, name.encode())) if is_stub else None
-    is_marked = mark is not None and len(mark) == 32 and is_named(ref, mark)
+    is_marked = mark is not None and len(mark) == 32 and may_be_marked(ref, mark)
     if is_stub and not is_marked:
         stored.unmarked[ref] = "it carries none" if mark is None else f"it carries {mark.hex()}"
     if hasher is not None:
@@ -128,4 +137,6 @@ def _verify(fd: int, ref: str, mark: bytes | None, hasher: Hasher) -> str:
         digest, is_right = digest_by_name(fd, ref, hasher)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
+    if is_unsynced(ref):
+        is_right = True  # only a mark, which whole files have not, could tell
     return "" if is_right and mark in (None, digest) else f"its hash is {digest.hex()}"

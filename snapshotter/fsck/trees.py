@@ -22,7 +22,7 @@ from snapshotter.overlay.attributes import Names, by_name
 from snapshotter.overlay.features import NO_FEATURES, OF_STUBS, Feature
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
-STUB_REF = re.compile(r"[0-9a-f]{20}(\.[0-9a-f]+)?")
+STUB_REF = re.compile(r"[0-9a-f]{2}([0-9a-f]|~)[0-9a-f]{17}(\.[0-9a-f]+)?")
 """The name of a ref to an object that is a content (stubs.py): two digits of its directory, then its name."""
 _MANY = 20
 """Paths that are named where there may be any number."""
@@ -175,7 +175,7 @@ def _judge(path: bytes, shown: bytes, attributes: Iterable[str], role: Role, nam
         elif attribute in names.dead:
             if len(scanned.dead) < _MANY and not _is_locked(path):
                 scanned.dead.append(shown)
-        elif names.is_unknown(attribute) and len(scanned.unknown) < _MANY:
+        elif names.is_untrusted(attribute) and len(scanned.unknown) < _MANY:
             scanned.unknown.append((shown, attribute))
 
 

@@ -227,14 +227,17 @@ def test_a_sync_that_is_left_out_is_noticed(journal: Path, name: str) -> None:
 
 
 def test_every_sync_has_a_name_and_is_left_out_here() -> None:
-    """Outside durable.py nothing of the daemon syncs by itself; mypy knows the names that may be used there."""
+    """Outside durable.py nothing of the daemon syncs by itself, or without a name, that mypy knows; repairs may."""
     assert HOW.keys() == SYNCS
-    paths = (path for path in (CHECKOUT / "snapshotter").rglob("*.py") if "fsck_overlay" not in path.parts)
+    modules = (CHECKOUT / "snapshotter").rglob("*.py")
+    paths = [path for path in modules if not {"fsck", "fsck_overlay"}.intersection(path.parts)]
     sources = {path: path.read_text() for path in paths}
     syncs = re.compile(r"\b(os\.(fsync|fdatasync|sync)|linux\.syncfs|O_D?SYNC)\b")
     assert [path.name for path, text in sources.items() if syncs.search(text)] == ["durable.py"]
     used = {name for path, text in sources.items() if path.name != "failpoint.py" for name in SYNCS if name in text}
     assert used == SYNCS
+    nameless = re.compile(r"(?<!def )(?<![.\w])(sync|sync_directory)\([^*,()]*(\([^()]*\))?[^*,()]*\)")
+    assert not [match[0] for text in sources.values() for match in nameless.finditer(text)]
 
 
 # -- less than that

@@ -599,6 +599,19 @@ def test_a_store_of_the_schema_before_is_clean(stubs: Store) -> None:
     assert stubs.image().raw["store"][b"version"] == schema.encode_u32(1)
 
 
+@pytest.mark.parametrize("strategy", ["stub", "hardlink"])
+def test_objects_that_nobody_synced_are_no_finding(base: Path, strategy: str) -> None:
+    """Their names do not tell their contents; the mark of a stub's does."""
+    with Host(base, dedup={"strategy": strategy}, durability="none") as host:
+        host.unpack("base", fill=fill_base)
+        host.unpack("other", fill=fill_other)
+    store = Store(base, strategy, {})
+    assert store.check(verify_content=True) == []
+    if strategy == "stub":
+        store.object_of("other", "own").write_bytes(b"spoiled")
+        assert ids(store.check(verify_content=True)) == {"object-content"}
+
+
 def test_a_store_of_a_newer_version_is_refused(stubs: Store) -> None:
     stubs.change(("store", b"version", schema.encode_u32(schema.SCHEMA_VERSION + 1)))
     result = snapctl(stubs, "--repair")
