@@ -11,11 +11,12 @@ from snapshotter.model import SnapshotId
 
 
 class Busy(Exception):
-    """Another call has the snapshot; try again when `released` is done."""
+    """Another call, on the thread `holder` (gettid(2)), has the snapshot; try again when `released` is done."""
 
-    def __init__(self, released: Future[None]) -> None:
+    def __init__(self, released: Future[None], holder: int) -> None:
         super().__init__("another call is changing the snapshot")
         self.released = released
+        self.holder = holder
 
 
 class Claims:
@@ -23,16 +24,17 @@ class Claims:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[SnapshotId, Future[None]] = {}
+        self._held: dict[SnapshotId, Busy] = {}
 
     @contextmanager
     def hold(self, snapshot_id: SnapshotId) -> Iterator[None]:
         """Raises Busy at once when another call holds it."""
         with self._lock:
-            if (released := self._held.get(snapshot_id)) is not None:
-                raise Busy(released)
-            mine = self._held[snapshot_id] = Future()
+            if (held := self._held.get(snapshot_id)) is not None:
+                raise Busy(held.released, held.holder)
+            mine: Future[None] = Future()
             mine.set_running_or_notify_cancel()  # nobody who waits can cancel it
+            self._held[snapshot_id] = Busy(mine, threading.get_native_id())
         try:
             yield
         finally:

@@ -26,8 +26,8 @@ from snapshotter.model import Extent, Freed, Info, Kind, Mount, SnapshotSpace, S
 START_HINT = 'start the daemon with "systemctl start dedup-snapshotter"'
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
-_QUICK_TIMEOUT_S = 60.0
-"""For calls that only wait for metadata, or for a commit of the same snapshot."""
+_QUICK_TIMEOUT_S = 120.0
+"""For calls that only wait for metadata, or for a commit of the same snapshot; by then the daemon says what hangs."""
 _PROBE_TIMEOUT_S = 5.0
 
 
@@ -77,7 +77,7 @@ class Found(NamedTuple):
 class Client:
     """One connection. Calls block; the object may be shared by threads.
 
-    Prepare, View, Mounts, Stat, Update, Remove, Usage and Info give up after a minute. Commit, Cleanup,
+    Prepare, View, Mounts, Stat, Update, Remove, Usage and Info give up after two minutes. Commit, Cleanup,
     Space, Collect and Check take as long as their disk does, and List as long as its reader: these have no limit.
     """
 

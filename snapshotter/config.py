@@ -73,6 +73,11 @@ class DedupConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CallsConfig:
+    hang_s: int = field(default=60, metadata={"least": 1})
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     root: str = "/var/lib/dedup-snapshotter"
     address: str = "/run/dedup-snapshotter/dedup-snapshotter.sock"
@@ -81,6 +86,7 @@ class Config:
     mount: MountConfig = field(default_factory=MountConfig)
     overlay: OverlayConfig = field(default_factory=OverlayConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
+    calls: CallsConfig = field(default_factory=CallsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

@@ -57,6 +57,7 @@ from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay.attributes import Names, copy_attributes
 from snapshotter.overlay.trial import trial_switches
+from snapshotter.progress import join_until, waiting_for
 from snapshotter.root import Root
 from snapshotter.seal import Sealer
 from snapshotter.sharing import Sharing
@@ -69,6 +70,8 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+_SWEEP = SnapshotId(0)
+"""What a sweep claims among sweeps."""
 _STOPPING = "the daemon is stopping; call again when it runs"
 _CLOCK_NS = 20_000_000
 """How far the time of a change may be behind the clock (two ticks of 100 Hz: the kernel's coarse clock)."""
@@ -105,8 +108,10 @@ class Engine:
         durability: str = FULL,
         keep_open: Sequence[int] = (),
         untrusted_attributes: str = STRIP,
+        hang_s: float = 60.0,
     ) -> None:
-        """`keep_open`: descriptors that worker processes hold (workers.pool).
+        """`keep_open`: descriptors that worker processes hold (workers.pool). `hang_s`: what has not got on for so long
+        hangs (progress.py).
 
         Raises FailedPrecondition when this kernel or configuration cannot serve what the root holds.
         """
@@ -123,10 +128,11 @@ class Engine:
             records = list(snapshots.every(tx))
             self._ids = Ids(root, snapshots.next_id(tx))
         self._lacking = features.check_store(records, switches)
-        self._trash = Trash(root.trash, root.objects, self._workers)
+        self._trash = Trash(root.trash, root.objects, self._workers, hang_s)
         self._mounter = Mounter(root, mount.mode, switches, layer_by_layer="lowerdir_plus" in switches.on)
         self._usage = UsageCache()
         self._claims = Claims()
+        self._sweeps = Claims()
         self._names = switches.attribute_names()
         trial = trial_switches(self._probe)
         self._rules = Rules(
@@ -166,13 +172,15 @@ class Engine:
         self._workers.stop()
 
     def close(self, timeout_s: float = 2.0) -> None:
+        """Waits for so long at most: what hangs in the kernel is left to the end of the process."""
         self.stop()
-        self._finisher.join(timeout_s)
-        self._accountant.close(timeout_s)
-        self._trash.close(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        join_until(self._finisher, deadline_s)
+        self._accountant.close(deadline_s)
+        self._trash.close(deadline_s)
         self._workers.close()
-        self._mounter.close()
-        self._store.close()
+        self._mounter.close(deadline_s)
+        self._store.close(deadline_s)
 
     # -- the ten operations ---------------------------------------------------------------------
 
@@ -184,14 +192,25 @@ class Engine:
             features.refuse_unless_writable(self._lacking, want.key)
         return self._settled(lambda: self._create(want))
 
+    def known_mounts(self, key: str) -> tuple[Mount, ...] | None:
+        """What `mounts` would answer, if that takes no mount."""
+        _check_key("key", key)
+        try:
+            target = self._target(key)
+        except StillSealing:
+            return None
+        if target.materialized and not self._mounter.is_mounted(target.id):
+            return None
+        return self._mounter.describe(target)
+
     def mounts(self, key: str) -> tuple[Mount, ...]:
         """Mounts what a restart of the host unmounted. Raises NotFound, and FailedPrecondition for a committed one."""
         _check_key("key", key)
 
         def act() -> tuple[Mount, ...]:
+            if (known := self.known_mounts(key)) is not None:
+                return known
             target = self._target(key)
-            if not target.materialized or self._mounter.is_mounted(target.id):
-                return self._mounter.describe(target)
             # Mounting would race Commit and Remove.
             with self._claims.hold(target.id):
                 return self._mounter.provide(self._target(key, target.id))
@@ -247,7 +266,10 @@ class Engine:
     def known_usage(self, key: str) -> Usage | None:
         """What `usage` would answer, if that takes no scan."""
         _check_key("key", key)
-        record = self._settled(lambda: self._get(key))
+        try:
+            record = self._get(key)
+        except StillSealing:
+            return None
         return self._usage.known(record.id) if record.kind is Kind.ACTIVE else record.usage
 
     def usage(self, key: str) -> Usage:
@@ -266,10 +288,17 @@ class Engine:
             raise from_os_error(f"measuring snapshot {quote(key)}", error) from error
 
     def cleanup(self) -> Future[None]:
-        """Sweeps leftovers; completes when all that was removed before is gone from the disk."""
+        """Sweeps leftovers; completes when all that was removed before is gone from the disk. Raises Busy while
+        another call sweeps."""
         self._check_running()
-        self._sweep()
+        with self._sweeps.hold(_SWEEP):
+            self._sweep()
         return self._trash.drained()
+
+    @property
+    def trash_thread(self) -> int:
+        """Which those wait for who wait for `cleanup` (gettid(2))."""
+        return self._trash.thread_id
 
     # -- for the administrator ------------------------------------------------------------------
 
@@ -305,9 +334,9 @@ class Engine:
         try:
             if dry_run:
                 trees = self._trash.pending()
-                return Freed(self._trash.would_free().result(), trees)
+                return Freed(self._emptied(self._trash.would_free()), trees)
             trees, before = self._trash.pending(), self._trash.freed()
-            self.cleanup().result()
+            self._emptied(self.cleanup())
             unused = self._workers.call(collect_unused, self._root.objects)
             return Freed(self._trash.freed() - before + unused, trees)
         except Stopped as error:
@@ -350,6 +379,11 @@ class Engine:
             ]
 
     # -- parts of the operations ----------------------------------------------------------------
+
+    def _emptied(self, answer: Future[T]) -> T:
+        """What the trash answers."""
+        with waiting_for(lambda: [self._trash.thread_id]):
+            return answer.result()
 
     def _settled(self, act: Callable[[], T]) -> T:
         """Repeats `act` until nothing that it needs is half sealed. Raises Busy where another call is at it."""

@@ -26,6 +26,7 @@ NAMES = frozenset({
     "mount.before-mount",
     "mount.mounted",
     "mount.detached",
+    "detach.close",
     "commit.frozen",
     "commit.refused",
     "commit.before-transaction",

@@ -1,7 +1,9 @@
-"""The trash: trees are renamed into it and deleted by one background thread, whose work a worker process does.
+"""The trash: trees are renamed into it and deleted one by one in the background, by worker processes.
 
 A rename takes a tree out of use at once and survives a kill as what it is; whatever is in the trash at a start is
 deleted then. Of a layer its refs/ goes last, with the objects that nobody else uses.
+
+A deletion that hangs in the kernel is left to itself, and the next one begins: up to _MOST_HUNG times.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from snapshotter.content.objects import release_all
 from snapshotter.durable import Stopped, remove_tree
 from snapshotter.errors import Internal, Unavailable, quote
 from snapshotter.model import NO_EXTENT, Extent
+from snapshotter.progress import Watch, ended, join_until, where
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
 from snapshotter.workers.pool import Workers
 
@@ -29,6 +32,8 @@ _REFS = "refs"
 log = structlog.get_logger()
 
 _STOPPING = "the daemon is stopping; it goes on deleting when it runs again"
+_MOST_HUNG = 3
+"""Deletions that may hang, each on a thread and in a worker process; then no other one begins until one has ended."""
 
 
 class _Question:
@@ -42,11 +47,12 @@ class _Question:
 class Trash:
     """Owns the directory and the thread. `close` it."""
 
-    def __init__(self, directory: Path, objects: Path, workers: Workers) -> None:
-        """Queues what an earlier run left."""
+    def __init__(self, directory: Path, objects: Path, workers: Workers, hang_s: float) -> None:
+        """Queues what an earlier run left. A deletion hangs when it has not got on for `hang_s`."""
         self._directory = directory
         self._objects = objects
         self._workers = workers
+        self._hang_s = hang_s
         self._freed = NO_EXTENT
         self._wake = threading.Condition()
         self._stopping = False
@@ -55,7 +61,10 @@ class Trash:
         found = sorted((entry.name for entry in directory.iterdir()), key=lambda name: (_is_layer(name), name))
         self._queue: deque[str | Future[None] | _Question] = deque(found)
         self._failed: dict[str, str] = {}
-        self._busy = 0
+        self._deleting: set[str] = set()
+        self._hung: dict[str, threading.Thread] = {}
+        """Some of those."""
+        self._watch = Watch()
         self._thread = threading.Thread(target=self._run, name="trash", daemon=True)
         self._thread.start()
 
@@ -75,7 +84,7 @@ class Trash:
     def drained(self) -> Future[None]:
         """Completes when all that is in the trash now has been deleted.
 
-        It then holds Internal if something could not be, Unavailable if the daemon stops first.
+        It then holds Internal if something could not be, Unavailable if a deletion hangs, or the daemon stops first.
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # nobody who waits can cancel it
@@ -91,7 +100,7 @@ class Trash:
     def would_free(self) -> Future[Extent]:
         """The objects that nobody would use any more after all this; counted between two deletions.
 
-        It holds OSError if they could not be counted, Unavailable if the daemon stops first.
+        It holds OSError if they could not be counted, Unavailable if that hangs, or the daemon stops first.
         """
         question = _Question()
         with self._wake:
@@ -109,7 +118,8 @@ class Trash:
     def pending(self) -> int:
         """Trees still to be deleted."""
         with self._wake:
-            return self._busy + len(self._failed) + sum(isinstance(item, str) for item in self._queue)
+            waiting = sum(isinstance(item, str) for item in self._queue)
+            return len(self._deleting) + len(self._failed) + waiting
 
     def stop(self) -> None:
         """Stops deleting, in the middle of a tree if need be, and answers who waits; the next start goes on."""
@@ -117,14 +127,19 @@ class Trash:
             self._stopping = True
             self._wake.notify()
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, deadline_s: float) -> None:
         self.stop()
-        self._thread.join(timeout_s)
+        join_until(self._thread, deadline_s)
+
+    @property
+    def thread_id(self) -> int:
+        """Of the thread that works for whoever waits (gettid(2))."""
+        return self._thread.native_id or 0
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
             if isinstance(item, str):
-                self._delete(item)
+                self._delete_unless_hung(item)
             elif isinstance(item, _Question):
                 self._count(item)
             else:
@@ -135,35 +150,76 @@ class Trash:
                 waiter.set_exception(Unavailable(_STOPPING))
 
     def _count(self, question: _Question) -> None:
-        try:
-            question.answer.set_result(self._workers.call(would_free, self._directory, self._objects))
-        except (Stopped, OSError) as error:
-            question.answer.set_exception(error)
+        found: list[Extent | Exception] = []
+
+        def count() -> None:
+            try:
+                found.append(self._workers.call(would_free, self._directory, self._objects))
+            except (Stopped, OSError) as error:
+                found.append(error)
+
+        if not self._ends(threading.Thread(target=count, name="trash-count", daemon=True)):
+            found.append(self._hangs("counting what is") if not self._stopping else Unavailable(_STOPPING))
+        if isinstance(outcome := found[0], Exception):
+            question.answer.set_exception(outcome)
+        else:
+            question.answer.set_result(outcome)
 
     def _next(self) -> str | Future[None] | _Question | None:
         with self._wake:
-            self._busy = 0
-            while not self._queue and not self._stopping:
+            while not self._stopping:
+                # Who waits is answered even when nothing can be deleted.
+                for place, item in enumerate(self._queue):
+                    if not isinstance(item, str) or len(self._hung) < _MOST_HUNG:
+                        del self._queue[place]
+                        if isinstance(item, str):
+                            self._deleting.add(item)
+                        return item
                 self._wake.wait()
-            if self._stopping:
-                return None
-            item = self._queue.popleft()
-            self._busy = int(isinstance(item, str))
-            return item
+        return None
+
+    def _ends(self, thread: threading.Thread) -> bool:
+        """Runs it. False when it hangs, or the daemon stops first."""
+        thread.start()
+        return self._has_ended(thread)
+
+    def _has_ended(self, thread: threading.Thread) -> bool:
+        """Waits for it, unless it hangs, as it may have done already, or the daemon stops."""
+        return ended(thread, self._watch, self._hang_s, lambda: self._stopping)
+
+    def _delete_unless_hung(self, name: str) -> None:
+        thread = threading.Thread(target=self._delete, args=(name,), name="trash-delete", daemon=True)
+        if self._ends(thread) or self._stopping:
+            return
+        with self._wake:
+            if name not in self._deleting:  # it ended just now
+                return
+            self._hung[name] = thread
+        log.error("trash.delete_hangs", tree=str(self._directory / name), kernel=where(thread.native_id or 0))
 
     def _delete(self, name: str) -> None:
+        freed, failure = NO_EXTENT, None
         try:
             freed = self._workers.call(delete, self._directory, name, self._objects)
-            with self._wake:
-                self._freed += freed
         except Stopped:
             return
         except Exception as error:  # the others must go
             log.error("trash.delete_failed", tree=str(self._directory / name), reason=str(error))
-            with self._wake:
-                self._failed[name] = quote(str(error))
+            failure = quote(str(error))
+        with self._wake:
+            self._deleting.discard(name)
+            self._freed += freed
+            if failure is not None:
+                self._failed[name] = failure
+            if name in self._hung:
+                log.info("trash.delete_ended", tree=str(self._directory / name))
+                del self._hung[name]
+                self._wake.notify()
 
     def _answer(self, waiter: Future[None]) -> None:
+        with self._wake:
+            hung = dict(self._hung)
+        hung = {name: thread for name, thread in hung.items() if not self._has_ended(thread)}
         with self._wake:
             failed = dict(self._failed)
         if failed:
@@ -171,8 +227,16 @@ class Trash:
             waiter.set_exception(
                 Internal(f"{len(failed)} trees in {self._directory} cannot be deleted, first {name}: {reason}")
             )
+        elif hung:
+            waiter.set_exception(Unavailable(_STOPPING) if self._stopping else self._hangs(f"deleting {min(hung)}"))
         else:
             waiter.set_result(None)
+
+    def _hangs(self, act: str) -> Unavailable:
+        return Unavailable(
+            f"{act} in {self._directory} has not got on for {self._hang_s:g} s: is the file system frozen, or its disk "
+            "hung? It goes on when the kernel lets it"
+        )
 
 
 def delete(trash: Path, name: str, objects: Path) -> Extent:

@@ -20,13 +20,15 @@ from grpc_reflection.v1alpha import reflection
 
 from snapshotter import __version__, linux, listener, logs, notify
 from snapshotter.api import admin_pb2, admin_pb2_grpc, snapshots_pb2, snapshots_pb2_grpc
+from snapshotter.calls import Pools
 from snapshotter.config import DEFAULT_PATH, LOG_LEVELS, MOUNT_MODES, Config, load
 from snapshotter.engine import Engine
 from snapshotter.errors import PermissionDenied, SnapshotterError
 from snapshotter.port import Port
+from snapshotter.progress import reported
 from snapshotter.requests import MESSAGE_BYTES, Requests
 from snapshotter.root import Root, claim
-from snapshotter.service import AdminService, Pools, SnapshotsService
+from snapshotter.service import AdminService, SnapshotsService
 
 log = structlog.get_logger()
 
@@ -34,7 +36,7 @@ _CALLS = 10_000
 """Most calls at a time, each of which takes memory; more are refused (RESOURCE_EXHAUSTED)."""
 _CALLS_S = 2.0
 """How long running calls may take to end after SIGTERM; what remains of five seconds is for closing."""
-_THREADS_S = 1.0
+_THREADS_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,35 +87,45 @@ def _run(config: Config) -> int:
     os.umask(0o022)  # whatever the starter's is
     _raise_descriptor_limit()
     linux.give_back_large_blocks()
-    root, lock = claim(Path(config.root))
+    hang_s = config.calls.hang_s
+    with reported(hang_s, lambda kernel: _start_hangs(config.root, kernel)):
+        root, lock = claim(Path(config.root))
     try:
         with listener.claimed(address):
-            engine = Engine(
-                root,
-                config.mount,
-                config.overlay,
-                config.dedup,
-                config.durability,
-                [lock.fileno()],
-                config.untrusted_attributes,
-            )
+            with reported(hang_s, lambda kernel: _start_hangs(config.root, kernel)):
+                engine = Engine(
+                    root,
+                    config.mount,
+                    config.overlay,
+                    config.dedup,
+                    config.durability,
+                    [lock.fileno()],
+                    config.untrusted_attributes,
+                    hang_s,
+                )
             try:
-                asyncio.run(_serve(engine, root, address))
+                asyncio.run(_serve(engine, root, address, hang_s))
             finally:
                 engine.close(_THREADS_S)
         log.info("daemon.stopped", root=str(root.path))
+        _end_without_waiting()
     finally:
         lock.release()
-    _end_without_waiting()
     return 0
 
 
-async def _serve(engine: Engine, root: Root, address: Path) -> None:
+def _start_hangs(root: str, kernel: str) -> None:
+    """No process that hangs in the kernel can give up: it goes on, or ends, when the kernel lets it go."""
+    hint = "thaw its file system (fsfreeze -u), or mend its disk: the start then goes on"
+    log.error("daemon.start_hangs", root=root, kernel=kernel, hint=hint)
+
+
+async def _serve(engine: Engine, root: Root, address: Path, hang_s: float) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    pools = Pools()
+    pools = Pools(hang_s)
     port = Port(address, lambda: _make_server(engine, pools, root, address))
     await port.open()
     log.info("daemon.started", version=__version__, pid=os.getpid(), root=str(root.path), address=str(address))
@@ -163,9 +175,10 @@ def _raise_descriptor_limit() -> None:
 def _end_without_waiting() -> None:
     """Exits now if a thread hangs in a system call: the interpreter would wait for it for ever.
 
-    Nothing is lost: all that was answered is durable, and the rest is resumed at the next start.
+    Nothing is lost: all that was answered is durable, and the rest is resumed at the next start. The root stays locked
+    until the kernel has let the thread go: before that, it may still change something.
     """
-    stuck = [t.name for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
+    stuck = [t.name for t in threading.enumerate() if t is not threading.current_thread()]
     if stuck:
         log.warning("daemon.threads_left", threads=stuck)
         sys.stderr.flush()

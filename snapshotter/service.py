@@ -1,21 +1,20 @@
 """The gRPC services: protobuf to model and back, errors to status codes.
 
 The handlers are coroutines of one event loop, so a client that reads slowly or waits long holds no
-thread. What blocks runs in the pools of `Pools`: short calls never queue behind commits or scans.
+thread. What blocks runs in the pools of calls.py: short calls never queue behind commits, scans, or what hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import wraps
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
@@ -23,11 +22,12 @@ from google.protobuf import duration_pb2, empty_pb2, timestamp_pb2
 
 from snapshotter import __version__, mountinfo
 from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2, snapshots_pb2_grpc
-from snapshotter.claims import Busy
+from snapshotter.calls import Pools
 from snapshotter.engine import Engine
 from snapshotter.errors import SnapshotterError
 from snapshotter.fsck.findings import Finding, Progress
 from snapshotter.model import MAX_CHAIN, Commitment, Creation, Extent, Info, Kind, Mount, SnapshotSpace, Space
+from snapshotter.spool import Spool, Spools
 
 log = structlog.get_logger()
 
@@ -38,34 +38,6 @@ LIST_BYTES = 4 * 1024 * 1024
 """Most infos, and most bytes, in one message of List."""
 SPACE_SNAPSHOTS = 100
 """Most snapshots in one message of Space: with keys of 64 KiB they fit into the 16 MiB that clients take."""
-
-_SPOOL_MEMORY_BYTES = 256 * 1024
-_LENGTH_BYTES = 4
-
-
-class Pools:
-    """Threads for what blocks, by how long it may take. `close` them."""
-
-    def __init__(self) -> None:
-        self.quick = ThreadPoolExecutor(32, "quick")
-        self.commit = ThreadPoolExecutor(16, "commit")
-        self.scan = ThreadPoolExecutor(4, "scan")
-        self.list = ThreadPoolExecutor(4, "list")
-        self.store = ThreadPoolExecutor(2, "store")
-        self.check = ThreadPoolExecutor(2, "check")
-
-    def close(self) -> None:
-        for pool in (self.quick, self.commit, self.scan, self.list, self.store, self.check):
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-async def _run(pool: ThreadPoolExecutor, act: Callable[..., T], *arguments: Any) -> T:
-    """Runs what blocks on a pool; waits without a thread while another call has the snapshot."""
-    while True:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, act, *arguments)
-        except Busy as busy:
-            await _completed(busy.released)
 
 
 async def _completed(future: Future[None]) -> None:
@@ -110,7 +82,7 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     def __init__(self, engine: Engine, pools: Pools, spool: Path) -> None:
         self._engine = engine
         self._pools = pools
-        self._spool = spool
+        self._spools = Spools(spool)
 
     @_answering
     async def Prepare(self, request: Any, _context: Any) -> Any:
@@ -124,73 +96,72 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
 
     @_answering
     async def Mounts(self, request: Any, _context: Any) -> Any:
-        mounts = await _run(self._pools.quick, self._engine.mounts, request.key)
+        mounts = await self._pools.read.run(self._engine.known_mounts, request.key)
+        if mounts is None:
+            mounts = await self._pools.change.run(self._engine.mounts, request.key, about=(request.key,))
         return snapshots_pb2.MountsResponse(mounts=_mounts_to_proto(mounts))
 
     @_answering
     async def Commit(self, request: Any, _context: Any) -> Any:
         want = Commitment(request.name, request.key, request.parent, dict(request.labels))
-        await _run(self._pools.commit, self._engine.commit, want)
+        await self._pools.commit.run(self._engine.commit, want, about=(want.key, want.parent))
         return empty_pb2.Empty()
 
     @_answering
     async def Remove(self, request: Any, _context: Any) -> Any:
-        await _run(self._pools.quick, self._engine.remove, request.key)
+        await self._pools.change.run(self._engine.remove, request.key, about=(request.key,))
         return empty_pb2.Empty()
 
     @_answering
     async def Stat(self, request: Any, _context: Any) -> Any:
-        info = await _run(self._pools.quick, self._engine.stat, request.key)
+        info = await self._pools.read.run(self._engine.stat, request.key)
         return snapshots_pb2.StatSnapshotResponse(info=_info_to_proto(info))
 
     @_answering
     async def Update(self, request: Any, _context: Any) -> Any:
-        info = await _run(
-            self._pools.quick, self._engine.update,
-            request.info.name, dict(request.info.labels), list(request.update_mask.paths),
-        )  # fmt: skip
+        info = await self._pools.change.run(
+            self._engine.update,
+            request.info.name,
+            dict(request.info.labels),
+            list(request.update_mask.paths),
+            about=(request.info.name,),
+        )
         return snapshots_pb2.UpdateSnapshotResponse(info=_info_to_proto(info))
 
     async def List(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Spools the whole answer first: a slow reader holds neither memory nor a view of the metadata."""
         try:
-            spool = await _run(self._pools.list, self._spool_list, request.filters)
+            spool = await self._pools.list.run(self._spool_list, request.filters)
         except Exception as error:
             await _abort(context, "List", error)
             raise
         with spool:
-            while length := spool.read(_LENGTH_BYTES):
-                raw = spool.read(int.from_bytes(length, "little"))
+            for raw in spool.messages():
                 yield snapshots_pb2.ListSnapshotsResponse.FromString(raw)
 
     @_answering
     async def Usage(self, request: Any, _context: Any) -> Any:
-        usage = await _run(self._pools.quick, self._engine.known_usage, request.key)
+        usage = await self._pools.read.run(self._engine.known_usage, request.key)
         if usage is None:
-            usage = await _run(self._pools.scan, self._engine.usage, request.key)
+            usage = await self._pools.scan.run(self._engine.usage, request.key, about=(request.key,))
         return snapshots_pb2.UsageResponse(size=usage.size_bytes, inodes=usage.inodes)
 
     @_answering
     async def Cleanup(self, _request: Any, _context: Any) -> Any:
-        await _completed(await _run(self._pools.quick, self._engine.cleanup))
+        await _completed(await self._pools.change.run(self._engine.cleanup))
         return empty_pb2.Empty()
 
     async def _create(self, kind: Kind, request: Any) -> list[Any]:
         want = Creation(kind, request.key, request.parent, dict(request.labels))
-        return _mounts_to_proto(await _run(self._pools.quick, self._engine.create, want))
+        about = (want.key, want.parent)
+        return _mounts_to_proto(await self._pools.change.run(self._engine.create, want, about=about))
 
-    def _spool_list(self, filters: Sequence[str]) -> IO[bytes]:
-        spool: IO[bytes] = cast(
-            IO[bytes],
-            tempfile.SpooledTemporaryFile(_SPOOL_MEMORY_BYTES, dir=str(self._spool)),  # noqa: SIM115
-        )
+    def _spool_list(self, filters: Sequence[str]) -> Spool:
+        spool = Spool(self._spools)
         try:
             with self._engine.select(filters) as infos:
                 for message in _in_messages(infos):
-                    raw = message.SerializeToString()
-                    spool.write(len(raw).to_bytes(_LENGTH_BYTES, "little"))
-                    spool.write(raw)
-            spool.seek(0)
+                    spool.write(message.SerializeToString())
         except BaseException:
             spool.close()
             raise
@@ -210,7 +181,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @_answering
     async def Info(self, _request: Any, _context: Any) -> Any:
-        status = await _run(self._pools.quick, self._engine.status)
+        status = await self._pools.read.run(self._engine.status)
         return admin_pb2.InfoResponse(
             version=__version__,
             pid=os.getpid(),
@@ -237,7 +208,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def Space(self, request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            messages = await _run(self._pools.store, self._space_in_messages, request.now)
+            messages = await self._pools.store.run(self._space_in_messages, request.now)
         except Exception as error:
             await _abort(context, "Space", error)
             raise
@@ -246,19 +217,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     @_answering
     async def Collect(self, request: Any, _context: Any) -> Any:
-        freed = await _run(self._pools.store, self._engine.collect, request.dry_run)
+        freed = await self._pools.store.run(self._engine.collect, request.dry_run)
         return admin_pb2.CollectResponse(objects=_extent_to_proto(freed.objects), trees=freed.trees)
 
     async def Check(self, request: Any, context: Any) -> AsyncIterator[Any]:
         events = _OneAtATime(self._engine.check(request.verify_content))
         try:
-            while (event := await _run(self._pools.check, events.next)) is not None:
+            while (event := await self._pools.check.run(events.next)) is not None:
                 yield _event_to_proto(event)
         except Exception as error:
             await _abort(context, "Check", error)
             raise
         finally:  # the client may have gone, while a thread is at the next event
-            self._pools.check.submit(events.close)
+            self._pools.check.leave(events.close)
 
     def _space_in_messages(self, now: bool) -> list[Any]:
         """First the store, then at most SPACE_SNAPSHOTS snapshots each."""

@@ -19,6 +19,7 @@ import structlog
 from snapshotter.durable import Stopped
 from snapshotter.meta.schema import Facts
 from snapshotter.model import NO_EXTENT, Extent, Kind, SnapshotId, SnapshotSpace, Space, Usage
+from snapshotter.progress import join_until, waiting_for
 from snapshotter.root import SHARDS_OF_OBJECTS, Root
 from snapshotter.usage import Tally
 from snapshotter.walker import OPEN_DIRECTORY, walk
@@ -104,8 +105,9 @@ class Accountant:
                 wanted = self._begun + 1
                 self._due_s = 0.0
                 self._wake.notify_all()
-            while self._ended < wanted and not self._stopping:
-                self._wake.wait()
+            with waiting_for(lambda: [self._thread.native_id or 0]):
+                while self._ended < wanted and not self._stopping:
+                    self._wake.wait()
             if self._stopping:
                 raise Stopped("space")
             if self._failure or self._last is None:
@@ -118,9 +120,9 @@ class Accountant:
             self._stopping = True
             self._wake.notify_all()
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, deadline_s: float) -> None:
         self.stop()
-        self._thread.join(timeout_s)
+        join_until(self._thread, deadline_s)
 
     def _run(self) -> None:
         while self._wait_until_due():

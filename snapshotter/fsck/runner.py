@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import get_native_id
 from typing import Any, TypeVar
 
 from snapshotter.fsck import lost, metadata, objects, overlays, places, trees
@@ -21,6 +22,7 @@ from snapshotter.fsck.trees import Role, Scanned
 from snapshotter.meta.schema import Record
 from snapshotter.model import Kind, SnapshotId
 from snapshotter.overlay.attributes import Names
+from snapshotter.progress import waiting_for
 from snapshotter.root import SHARDS_OF_OBJECTS, Root
 from snapshotter.workers.pool import Workers
 
@@ -58,6 +60,8 @@ class Check:
     verify_content: bool = False
     image: Image | None = field(default=None, init=False)
     """The metadata as it was at the end; None where it could not be read."""
+    _threads: list[int] = field(default_factory=list, init=False)
+    """Which it waits for (gettid(2))."""
 
     def events(self) -> Iterator[Event]:
         """All findings, and how far it is in between. Raises Stopped, OSError, and FailedPrecondition for a newer
@@ -72,7 +76,7 @@ class Check:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             fix = RewriteDatabase() if before else None
             yield Finding("database-damaged", "metadata/data.mdb", problems[0] + more, fix=fix)
-        pool = ThreadPoolExecutor(self.subject.workers.cpus, "fsck")
+        pool = ThreadPoolExecutor(self.subject.workers.cpus, "fsck", lambda: self._threads.append(get_native_id()))
         try:
             yield from self._everything(before, pool)
         finally:  # who gave up does not wait for what is under way
@@ -206,7 +210,10 @@ class Check:
         """Calls functions in worker processes. What they look for and is gone is left out."""
         futures = {pool.submit(self.subject.workers.call, *job): key for key, job in jobs.items()}
         results = {}
-        for number, future in enumerate(as_completed(futures)):
+        done = as_completed(futures)
+        for number in range(len(futures)):
+            with waiting_for(lambda: self._threads):
+                future = next(done)
             yield Progress(stage, number, len(futures))
             with suppress(FileNotFoundError):
                 results[futures[future]] = future.result()

@@ -9,11 +9,16 @@ space, not disk, so it is opened far larger than it can become and never resized
 under readers breaks them); child transactions need an environment without MDB_WRITEMAP; with
 MDB_NOSYNC a system crash can corrupt the file, so syncing stays on. The engine is 0.9
 (`lib_version=0`): 1.0 has another file format.
+
+Each read writes into the table of readers, lock.mdb, which is mapped: on a filesystem that is frozen (fsfreeze(8))
+that page fault waits, and with it, inside liblmdb, whoever wants the interpreter. So the table is in memory, on a tmpfs
+that only this process has, where a link stands for the data file; the root's lock already keeps other writers away.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 from collections import deque
@@ -26,10 +31,11 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from snapshotter import failpoint
+from snapshotter import failpoint, linux
 from snapshotter.durable import sync_directory
 from snapshotter.errors import Internal, ResourceExhausted, SnapshotterError, Unavailable
 from snapshotter.meta import schema
+from snapshotter.progress import join_until, waiting_for
 from snapshotter.root import metadata_is_lost
 
 MAP_BYTES = 1 << 40
@@ -73,9 +79,11 @@ class Store:
         `may_create` is false; Internal for a damaged file.
         """
         self._directory = directory
+        self._place = _directory_in_memory()
+        os.symlink(directory / "data.mdb", "data.mdb", dir_fd=self._place)
         try:
             self._env = lmdb.open(
-                str(directory),
+                f"/proc/self/fd/{self._place}",
                 map_size=MAP_BYTES,
                 mode=0o600,
                 max_dbs=16,
@@ -85,6 +93,7 @@ class Store:
                 lib_version=0,
             )
         except lmdb.Error as error:
+            os.close(self._place)
             raise self._error("opening the metadata", error) from error
         try:
             self._cover_map()
@@ -93,11 +102,10 @@ class Store:
             self._databases = self._open_databases()
             # LMDB syncs its file, and not the directory that names it.
             sync_directory(directory, "sync.metadata")
-        except lmdb.Error as error:
-            self._env.close()
-            raise self._error("opening the metadata", error) from error
-        except BaseException:
-            self._env.close()
+        except BaseException as error:
+            self._close_files()
+            if isinstance(error, lmdb.Error):
+                raise self._error("opening the metadata", error) from error
             raise
         self.batches = 0
         self._waiting: deque[_Request] = deque()
@@ -106,13 +114,21 @@ class Store:
         self._writer = threading.Thread(target=self._write_loop, name="meta-writer", daemon=True)
         self._writer.start()
 
-    def close(self) -> None:
-        """Commits what waits, then closes. Idempotent."""
+    def close(self, deadline_s: float = math.inf) -> None:
+        """Commits what waits, then closes. Idempotent. When the writer still hangs in the kernel at `deadline_s`
+        (time.monotonic), the end of the process closes."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._writer.join()
+        join_until(self._writer, deadline_s)
+        if not self._writer.is_alive():
+            self._close_files()
+
+    def _close_files(self) -> None:
         self._env.close()
+        if self._place >= 0:
+            os.close(self._place)
+        self._place = -1
 
     def engine_version(self) -> str:
         return ".".join(map(str, self._env.lib_version()))
@@ -138,7 +154,8 @@ class Store:
                 raise Unavailable("the daemon is stopping; call again when it runs")
             self._waiting.append(_Request(act, future))
             self._wake.notify()
-        return future.result()
+        with waiting_for(lambda: [self._writer.native_id or 0]):
+            return future.result()
 
     def copy(self, directory: Path) -> None:
         """Writes a consistent copy of the file into an empty directory. Raises Internal, ResourceExhausted."""
@@ -230,3 +247,13 @@ class Store:
             full = os.statvfs(self._directory).f_bavail * os.statvfs(self._directory).f_frsize < _SHORT_OF_SPACE_BYTES
         cls = ResourceExhausted if full else Internal
         return cls(f"{act} in {self._directory}: {error}")
+
+
+def _directory_in_memory() -> int:
+    """A tmpfs that is mounted nowhere and goes with this descriptor. Raises OSError."""
+    filesystem = linux.fsopen("tmpfs")
+    try:
+        linux.fsconfig(filesystem, linux.FSCONFIG_CMD_CREATE)
+        return linux.fsmount(filesystem, 0)
+    finally:
+        os.close(filesystem)

@@ -42,8 +42,8 @@ class Mounter:
         self._client = ClientMounts(root)
         self._detacher = Detacher()
 
-    def close(self) -> None:
-        self._detacher.close()
+    def close(self, deadline_s: float) -> None:
+        self._detacher.close(deadline_s)
 
     def switched_on(self) -> frozenset[str]:
         """The overlay features that new mounts have."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeVar
 
 from snapshotter.durable import Stopped
+from snapshotter.progress import waiting_for
 from snapshotter.workers import HEAD
 
 T = TypeVar("T")
@@ -74,12 +75,13 @@ class Workers:
         results: list[T] = []
         for number, worker in enumerate(workers):
             worker.send(task(number, len(workers)))
-        for worker in workers:
-            try:
-                results.append(worker.receive())
-            except Exception as error:
-                failures.append(error)
-            self._give_back(worker)
+        with waiting_for(lambda: [worker.pid for worker in workers]):
+            for worker in workers:
+                try:
+                    results.append(worker.receive())
+                except Exception as error:
+                    failures.append(error)
+                self._give_back(worker)
         if failures:
             if self._stopping:
                 raise Stopped("the daemon is stopping")
@@ -104,8 +106,9 @@ class Workers:
     def _take(self, at_most: int) -> list[_Worker]:
         """At least one."""
         with self._wake:
-            while not self._stopping and not self._idle and len(self._busy) >= self._limit:
-                self._wake.wait()
+            with waiting_for(lambda: [worker.pid for worker in tuple(self._busy)]):
+                while not self._stopping and not self._idle and len(self._busy) >= self._limit:
+                    self._wake.wait()
             if self._stopping:
                 raise Stopped("the daemon is stopping")
             for worker in [worker for worker in self._idle if not worker.is_alive()]:
@@ -139,6 +142,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 pass_fds=keep_open,
             )
+        self.pid = self._process.pid
         self._socket = ours
         self._stream: IO[bytes] = ours.makefile("rb")
 

@@ -58,6 +58,28 @@ def detach(kind: str, image: Path, mountpoint: Path) -> None:
             _run("btrfs", "device", "scan", "--forget", device)
 
 
+@contextmanager
+def frozen(mountpoint: Path) -> Iterator[None]:
+    """fsfreeze(8): whoever writes there waits in the kernel until the block ends, or the test run does: a helper that
+    holds a pipe of ours thaws it."""
+    script = 'fsfreeze -f "$0" && echo frozen && cat >/dev/null; fsfreeze -u "$0"'
+    helper = subprocess.Popen(
+        ["sh", "-c", script, mountpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert helper.stdin and helper.stdout
+    try:
+        if helper.stdout.readline() != "frozen\n":
+            raise RigError(f"{mountpoint} cannot be frozen")
+        yield
+    finally:
+        helper.stdin.close()
+        status = helper.wait()
+        helper.stdout.close()
+    if status != 0:
+        raise RigError(f"{mountpoint} cannot be thawed")
+
+
 def allocated_bytes(mountpoint: Path) -> int:
     """What the whole filesystem has in use once all is written."""
     _run("sync", "--file-system", mountpoint)

@@ -51,13 +51,14 @@ class Host:
         dedup: Mapping[str, object] | None = None,
         durability: str = "full",
         untrusted_attributes: str = "strip",
+        calls: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`overlay`, `dedup`: settings of the configuration's tables of these names."""
+        """`overlay`, `dedup`, `calls`: settings of the configuration's tables of these names."""
         self.base = base
         self.root = root or base / "root"
         self.daemon = Daemon(self.root, base / "s.sock", log=base / "daemon.log", environment=environment)
-        self.configure(mode, overlay, dedup, durability, untrusted_attributes)
+        self.configure(mode, overlay, dedup, durability, untrusted_attributes, calls)
         self._client: Client | None = None
         self.expected_errors: set[str] = set()
         """What fsck may find at the end: ids of damage that the test does."""
@@ -70,10 +71,11 @@ class Host:
         dedup: Mapping[str, object] | None = None,
         durability: str = "full",
         untrusted_attributes: str = "strip",
+        calls: Mapping[str, object] | None = None,
     ) -> None:
         """For the next start."""
         settings = {"durability": durability, "untrusted_attributes": untrusted_attributes}
-        config = write_config(self.base / "config.toml", settings, overlay=overlay, dedup=dedup)
+        config = write_config(self.base / "config.toml", settings, overlay=overlay, dedup=dedup, calls=calls)
         self.daemon.arguments = ["--config", str(config), "--mount-mode", mode]
 
     def __enter__(self) -> Self:

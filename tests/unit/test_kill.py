@@ -171,6 +171,7 @@ CASES = [
         commit, DONE, situation=open_writer, busy=1,
     ),
     *kill_at("remove.after-transaction remove.detached", remove, REMOVED, situation=forgotten_bind, busy=1),
+    *kill_at("detach.close", remove_and_clean, REMOVED),
 ]  # fmt: skip
 
 

@@ -387,9 +387,11 @@ def stalled_lists(daemon: Daemon) -> Iterator[list[StalledCall]]:
         yield calls
 
 
-def reader_slots_in_use(root: Path) -> int:
-    """Read transactions that are open in the metadata, as its lock file shows to another process."""
-    with lmdb.open(str(root / "metadata"), readonly=True, lib_version=0) as environment:
+def reader_slots_in_use(daemon: Daemon) -> int:
+    """Read transactions that are open in the metadata, as LMDB's lock file shows to another process."""
+    descriptors = Path(f"/proc/{daemon.pid}/fd").iterdir()
+    place = next(path for path in descriptors if path.is_dir() and (path / "lock.mdb").exists())
+    with lmdb.open(str(place), readonly=True, lib_version=0) as environment:
         lines = environment.readers().splitlines()[1:]
     return sum(line.split()[-1] != "-" for line in lines)
 
@@ -419,7 +421,7 @@ def test_readers_that_stopped_hold_no_thread_and_no_view(base: Path) -> None:
         commit_and_clean(stub, 1)
         before = status_kib(daemon.pid, "Threads")
         with stalled_lists(daemon) as calls:
-            assert reader_slots_in_use(daemon.root) == 0
+            assert reader_slots_in_use(daemon) == 0
             commit_and_clean(stub, 2)
             for number in range(200):
                 stub.Stat(pb.StatSnapshotRequest(key=f"filler-{number}"))

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshotter.api import admin_pb2, admin_pb2_grpc
+from snapshotter.calls import Pools
 from snapshotter.claims import Busy
 from snapshotter.client import MAX_MESSAGE_BYTES, Client
 from snapshotter.errors import Internal, ResourceExhausted
 from snapshotter.model import MAX_KEY_BYTES, Extent, Freed, Kind, SnapshotSpace, Space
-from snapshotter.service import SPACE_SNAPSHOTS, AdminService, Pools
+from snapshotter.service import SPACE_SNAPSHOTS, AdminService
 
 NUMBERS = st.integers(0, (1 << 63) - 1)
 EXTENTS = st.builds(Extent, NUMBERS, NUMBERS)
@@ -168,7 +169,7 @@ def test_a_number_that_cannot_be_sent_is_a_fault_of_the_daemon(engine: Engine, c
 def test_a_call_waits_for_another_one(engine: Engine, client: Client, call: Callable[[Client], Any]) -> None:
     released: Future[None] = Future()
     answer = many(1) if call is Client.space else Freed(Extent(1, 1), 0)
-    engine.answers = [Busy(released), answer]
+    engine.answers = [Busy(released, holder=0), answer]
     with ThreadPoolExecutor(1) as pool:
         calling = pool.submit(call, client)
         assert engine.has_been_asked.wait(60)
