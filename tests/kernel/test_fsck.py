@@ -441,6 +441,7 @@ def make_alias(store: Store) -> None:
     status = tree.stat()
     os.link(store.tree("base") / "dir/1", tree / "more.new")
     (tree / "more.new").rename(tree / "more")
+    os.link(tree / "more", tree / "more of it")
     os.utime(tree, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -654,6 +655,8 @@ def test_a_repair_that_is_killed_is_finished_by_the_next(
     assert step > 1
     assert result.returncode in (0, CORRECTED), result.stdout + result.stderr
     assert snapctl(store, "--verify-content").returncode == 0
+    if seed is make_alias:
+        assert (store.tree("changed") / "more").samefile(store.tree("changed") / "more of it")
     store.check_content("changed" if seed is make_alias else "", "other" if seed is spoil_record else "")
     assert not list((store.root / "spool").iterdir())
 
