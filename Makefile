@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfi
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-install setup-bench demo test nightly conformance lint bench install uninstall clean
+.PHONY: help setup setup-demo setup-install setup-bench setup-xfstests xfstests demo test nightly conformance lint bench install uninstall clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,11 +30,17 @@ setup-install:
 setup-bench:
 	@deploy/setup.sh bench
 
+setup-xfstests:
+	@deploy/setup.sh xfstests
+
 nightly: setup  ## the tests again, with larger numbers (root)
 	@$(PYTEST) --nightly
 
 conformance: setup  ## containerd's own snapshotter test suite (root)
 	@$(PYTHON) -m pytest tests/conformance
+
+xfstests: setup-xfstests  ## xfstests' overlay group with our fsck.overlay (root; XFSTESTS=DIR, where it is built)
+	@$(PYTHON) -m tests.xfstests $(XFSTESTS)
 
 lint: setup  ## style, types, and the order of imports
 	@.venv/bin/ruff check --quiet .

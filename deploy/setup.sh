@@ -6,6 +6,7 @@
 #   deploy/setup.sh demo       and containerd
 #   deploy/setup.sh test       and Go, linters and tools for the tests
 #   deploy/setup.sh bench      and what bench/ measures against
+#   deploy/setup.sh xfstests   and what xfstests runs
 #
 #   .venv/.setup          where and for what .venv was made, written last; without it .venv is made anew
 #   .cache/setup.log      the output of the last apt and pip
@@ -47,8 +48,8 @@ Read timed out" "$log" | head -n 1
 main() {
     case ${1-} in
         install | demo) profile=$1 scope=run ;;
-        test | bench) profile=$1 scope=dev ;;
-        *) die "usage: deploy/setup.sh install|demo|test|bench" ;;
+        test | bench | xfstests) profile=$1 scope=dev ;;
+        *) die "usage: deploy/setup.sh install|demo|test|bench|xfstests" ;;
     esac
     is_ready && return
     mkdir -p .cache || exit 1
@@ -93,6 +94,15 @@ missing_packages() {
         for_program mkfs.xfs xfsprogs
         for_program mkfs.btrfs btrfs-progs
         for_program strace strace
+    fi
+    if [ "$profile" = xfstests ]; then
+        for_program bc bc
+        for_program gawk gawk
+        for_program killall psmisc
+        for_program perl perl
+        for_program quota quota
+        for_program uuidgen uuid-runtime
+        for_program fsverity fsverity
     fi
     if [ "$profile" = bench ]; then
         for_program ostree ostree

@@ -46,6 +46,7 @@ MOUNT_DATA_BYTES = 4096
 
 MS_PRIVATE = 1 << 18
 CLONE_NEWNS = 0x20000  # <linux/sched.h>
+_FILE_HANDLE = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type; then the bytes
 _HANDLE_BYTES = 128  # MAX_HANDLE_SZ, <linux/exportfs.h>
 _FS_IOC_GETFSUUID = 0x80111500  # <linux/fs.h>
 
@@ -171,35 +172,20 @@ def syncfs(fd: int) -> None:
 
 def open_by_handle_at(mount_fd: int, handle_type: int, handle: bytes, flags: int) -> int:
     """open_by_handle_at(2): a descriptor of the inode behind a file handle, in the filesystem of `mount_fd`."""
-
-    class FileHandle(ctypes.Structure):
-        _fields_ = (
-            ("handle_bytes", ctypes.c_uint),
-            ("handle_type", ctypes.c_int),
-            ("f_handle", ctypes.c_ubyte * len(handle)),
-        )
-
-    argument = FileHandle(len(handle), handle_type, (ctypes.c_ubyte * len(handle))(*handle))
-    fd = int(_libc.open_by_handle_at(mount_fd, ctypes.byref(argument), flags))
+    argument = ctypes.create_string_buffer(_FILE_HANDLE.pack(len(handle), handle_type) + handle)
+    fd = int(_libc.open_by_handle_at(mount_fd, argument, flags))
     _check(min(fd, 0), handle.hex())
     return fd
 
 
 def name_to_handle_at(fd: int) -> tuple[int, bytes]:
     """name_to_handle_at(2): type and bytes of the handle of an open file (O_PATH will do)."""
-
-    class FileHandle(ctypes.Structure):
-        _fields_ = (
-            ("handle_bytes", ctypes.c_uint),
-            ("handle_type", ctypes.c_int),
-            ("f_handle", ctypes.c_ubyte * _HANDLE_BYTES),
-        )
-
-    answer = FileHandle(_HANDLE_BYTES)
+    answer = ctypes.create_string_buffer(_FILE_HANDLE.pack(_HANDLE_BYTES, 0) + bytes(_HANDLE_BYTES))
     mount_id = ctypes.c_int()
-    flags = _AT_EMPTY_PATH
-    _check(_libc.name_to_handle_at(fd, b"", ctypes.byref(answer), ctypes.byref(mount_id), flags), "name_to_handle_at")
-    return answer.handle_type, bytes(answer.f_handle[: answer.handle_bytes])
+    result = _libc.name_to_handle_at(fd, b"", answer, ctypes.byref(mount_id), _AT_EMPTY_PATH)
+    _check(result, "name_to_handle_at")
+    length, handle_type = _FILE_HANDLE.unpack_from(answer)
+    return handle_type, answer.raw[_FILE_HANDLE.size : _FILE_HANDLE.size + length]
 
 
 def filesystem_uuid(fd: int) -> bytes | None:

@@ -21,6 +21,7 @@ UPPER = 0
 WORK = -1
 _CACHED = 768
 """Open directories: more than the 500 layers that one overlay can have."""
+_RECENT = 64
 _NOT_THERE = {errno.ELOOP, errno.ENAMETOOLONG}
 _NO_ATTRIBUTES = {errno.ENOTSUP, errno.ENODATA}
 
@@ -104,6 +105,8 @@ class Layers:
     lowers: tuple[Layer, ...]
     data: tuple[Layer, ...]
     _open: OrderedDict[Place, int] = field(default_factory=OrderedDict)
+    _recent: dict[Place, Inode | None] = field(default_factory=dict)
+    """The checks of one name ask for the same few inodes."""
 
     def __getitem__(self, number: int) -> Layer:
         found = self.upper if number == UPPER else self.work if number == WORK else self._lower(number)
@@ -146,11 +149,19 @@ class Layers:
 
     def forget(self) -> None:
         """Closes what `directory` opened: after a repair, names may be other inodes."""
+        self._recent.clear()
         while self._open:
             os.close(self._open.popitem()[1])
 
     def inode(self, place: Place) -> Inode | None:
         """What is there; None for nothing. Raises OSError, and UnknownAttribute."""
+        if place not in self._recent:
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            self._recent[place] = self._look(place)
+        return self._recent[place]
+
+    def _look(self, place: Place) -> Inode | None:
         if not place.path:
             status = os.fstat(self[place.layer].fd)
             return Inode(status, self.attributes(place, b"/proc/self/fd/%d" % self[place.layer].fd, status, True))

@@ -79,4 +79,4 @@ def test_a_missing_package_without_root_is_one_line(checkout: Path) -> None:
 
 def test_a_wrong_profile_is_one_line() -> None:
     done = run(CHECKOUT, "nonsense")
-    assert (done.returncode, done.stderr) == (1, "setup: usage: deploy/setup.sh install|demo|test|bench\n")
+    assert (done.returncode, done.stderr) == (1, "setup: usage: deploy/setup.sh install|demo|test|bench|xfstests\n")
