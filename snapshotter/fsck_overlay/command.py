@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -155,9 +156,24 @@ class _Session:
 
 def _ask(question: str) -> bool:
     while True:
-        answer = input(f"{question} (y/n) ").strip().lower()
-        if answer in ("y", "yes", "n", "no"):
+        print(f"{question} (y/n) ", end="", flush=True)
+        answer = _read_line().strip().lower()
+        if answer in ("y", "yes", "n", "no", ""):
             return answer.startswith("y")
+
+
+def _read_line() -> str:
+    """From the terminal. A signal that comes just before a read would leave it waiting: so signals are waited for, too,
+    and their handler runs before anything is read (signal.set_wakeup_fd)."""
+    woken_fd, wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_fd)
+    try:
+        select.select([sys.stdin, woken_fd], [], [])
+        return sys.stdin.readline()
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(woken_fd)
+        os.close(wake_fd)
 
 
 def _describe(layers: Layers, locked: frozenset[int]) -> None:

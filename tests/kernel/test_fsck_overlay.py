@@ -597,3 +597,100 @@ def test_on_a_terminal_it_asks(overlay: Directories, answer: bytes, status: int)
 def test_the_table_in_the_documents_is_that_of_the_code() -> None:
     text = (CHECKOUT / "docs/fsck.overlay.md").read_text()
     assert table() in text, "replace it with the output of: python -m snapshotter.fsck_overlay.findings"
+
+
+# -- redirects through several layers
+
+
+def three_layers(ground: Path) -> tuple[Directories, Path, Path, Path]:
+    """Nothing in them yet but, in the lowest, x/sub/file."""
+    overlay = Directories(ground)
+    middle, lowest = overlay.lower("middle"), overlay.lower("lowest")
+    (lowest / "x/sub").mkdir(parents=True)
+    (lowest / "x/sub/file").write_text("file")
+    return overlay, overlay.upper, middle, lowest
+
+
+def redirected(path: Path, target: bytes) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    setxattr(path, "redirect", target)
+
+
+def test_a_path_is_redirected_again_on_its_way_down(ground: Path) -> None:
+    """In the middle x was renamed to y, then in the upper y/sub to z, where its file was removed."""
+    overlay, upper, middle, _ = three_layers(ground)
+    redirected(middle / "y", b"x")
+    whiteout(middle / "x")
+    redirected(upper / "z", b"/y/sub")
+    (upper / "y").mkdir()
+    for path in (upper / "y/sub", upper / "z/file"):
+        whiteout(path)
+    setxattr(upper, "impure", b"y")
+    assert overlay.found() == []
+    with overlay.mount(redirect_dir="on") as merged:
+        assert [sorted(os.listdir(merged / path)) for path in (".", "y", "z")] == [["y", "z"], [], []]
+
+
+def test_a_redirect_in_an_opaque_directory_is_followed(ground: Path) -> None:
+    """In the middle too, where the path to it goes through the opaque directory."""
+    overlay, upper, middle, _ = three_layers(ground)
+    (middle / "o").mkdir()
+    setxattr(middle / "o", "opaque", b"y")
+    redirected(middle / "o/moved", b"/x/sub")
+    (middle / "x").mkdir()
+    whiteout(middle / "x/sub")
+    redirected(upper / "again", b"/o/moved")
+    (upper / "o").mkdir()
+    for path in (upper / "o/moved", upper / "again/file"):
+        whiteout(path)
+    setxattr(upper, "impure", b"y")
+    assert overlay.found() == []
+    with overlay.mount(redirect_dir="on") as merged:
+        assert list((merged / "again").iterdir()) == list((merged / "o").iterdir()) == []
+
+
+def test_a_lower_layer_may_show_a_directory_twice(ground: Path) -> None:
+    overlay, _, middle, _ = three_layers(ground)
+    redirected(middle / "y", b"x")
+    assert overlay.found() == []
+
+
+def test_what_a_lower_layer_moved_cannot_be_had_under_another_redirect(ground: Path) -> None:
+    """And nothing is hidden while it is open which of them is right."""
+    overlay, upper, middle, _ = three_layers(ground)
+    redirected(middle / "y", b"x")
+    redirected(upper / "z", b"x")
+    setxattr(upper, "impure", b"y")
+    assert [line.split()[:2] for line in overlay.found()] == [["redirect-duplicate", f'"{upper}/z"']]
+    assert overlay.fsck("-p").returncode == 4
+    assert list(upper.iterdir()) == [upper / "z"]
+    assert overlay.fsck("-y").returncode == 1
+    assert (getxattr(middle / "y", "redirect"), getxattr(upper / "z", "redirect")) == (b"x", None)
+
+
+def test_two_redirects_and_the_old_place(ground: Path) -> None:
+    overlay, upper, _, _ = three_layers(ground)
+    redirected(upper / "a", b"x")
+    redirected(upper / "b", b"x")
+    setxattr(upper, "impure", b"y")
+    assert [line.split()[0] for line in overlay.found()] == ["redirect-duplicate"]
+    assert overlay.fsck("-y").returncode == 1
+    with overlay.mount(redirect_dir="on") as merged:
+        assert sorted(os.listdir(merged)) == ["a", "b"]
+        assert list((merged / "b").iterdir()) == []
+
+
+def test_a_whiteout_is_put_where_the_upper_has_no_directory_yet(ground: Path) -> None:
+    """The directories down to it are made like those that show there."""
+    overlay, upper, _, lowest = three_layers(ground)
+    (lowest / "x").chmod(0o750)
+    os.chown(lowest / "x", 12, 34)
+    os.setxattr(lowest / "x", "user.note", b"kept")
+    os.utime(lowest / "x", ns=(10**18, 10**18))
+    redirected(upper / "z", b"/x/sub")
+    with overlay.mount(redirect_dir="on") as merged:
+        before = seen(merged / "x")["."]
+    assert overlay.fsck("-p").returncode == 1
+    with overlay.mount(redirect_dir="on") as merged:
+        assert seen(merged / "x") == {".": before}
+        assert (merged / "z/file").read_text() == "file"
