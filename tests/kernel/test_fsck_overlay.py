@@ -617,18 +617,21 @@ def redirected(path: Path, target: bytes) -> None:
 
 
 def test_a_path_is_redirected_again_on_its_way_down(ground: Path) -> None:
-    """In the middle x was renamed to y, then in the upper y/sub to z, where its file was removed."""
-    overlay, upper, middle, _ = three_layers(ground)
-    redirected(middle / "y", b"x")
-    whiteout(middle / "x")
-    redirected(upper / "z", b"/y/sub")
-    (upper / "y").mkdir()
-    for path in (upper / "y/sub", upper / "z/file"):
+    """In the middle p/x was renamed to p/y, then in the upper p/y/sub to z, where its file was removed."""
+    overlay, upper, middle, lowest = three_layers(ground)
+    (lowest / "p").mkdir()
+    (lowest / "x").rename(lowest / "p/x")
+    redirected(middle / "p/y", b"x")
+    whiteout(middle / "p/x")
+    redirected(upper / "z", b"/p/y/sub")
+    (upper / "p/y").mkdir(parents=True)
+    for path in (upper / "p/y/sub", upper / "z/file"):
         whiteout(path)
-    setxattr(upper, "impure", b"y")
+    for path in (upper, upper / "p"):
+        setxattr(path, "impure", b"y")
     assert overlay.found() == []
     with overlay.mount(redirect_dir="on") as merged:
-        assert [sorted(os.listdir(merged / path)) for path in (".", "y", "z")] == [["y", "z"], [], []]
+        assert [sorted(os.listdir(merged / path)) for path in (".", "p", "p/y", "z")] == [["p", "z"], ["y"], [], []]
 
 
 def test_a_redirect_in_an_opaque_directory_is_followed(ground: Path) -> None:

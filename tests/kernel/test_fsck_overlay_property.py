@@ -12,7 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,8 @@ from tests.rig.random_overlay import Directories, fsck, make
 pytestmark = pytest.mark.root
 
 FEW, MANY = range(60), range(1000, 4000)
+ONCE_WRONG = (277, 347, 683, 1072, 1519, 1605)
+"""Seeds that gave false alarms: each mounts with and without the index or nfs_export in turn."""
 STEPS = 40
 
 
@@ -40,7 +42,7 @@ def ground(base: Path) -> Iterator[Path]:
     linux.umount2(str(place), linux.MNT_DETACH)
 
 
-def assert_clean(place: Path, seeds: range, lowest: Path | None = None) -> None:
+def assert_clean(place: Path, seeds: Sequence[int], lowest: Path | None = None) -> None:
     """`lowest`: a directory on another filesystem, for the lowest layer."""
     for seed in seeds:
         overlay, told = make(place / "one", seed, STEPS, place=lowest)
@@ -52,7 +54,7 @@ def assert_clean(place: Path, seeds: range, lowest: Path | None = None) -> None:
 
 
 def test_what_the_kernel_made_is_clean(ground: Path) -> None:
-    assert_clean(ground, FEW)
+    assert_clean(ground, (*FEW, *ONCE_WRONG))
 
 
 def test_layers_on_two_filesystems_are_clean(ground: Path, base: Path) -> None:
