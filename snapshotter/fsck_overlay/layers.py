@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from snapshotter import linux
 from snapshotter.errors import FailedPrecondition, quote
-from snapshotter.overlay.attributes import Names, by_name
+from snapshotter.overlay.attributes import Names, by_name, list_attributes
 from snapshotter.walker import OPEN_DIRECTORY
 
 UPPER = 0
@@ -164,7 +164,7 @@ class Layers:
     def _look(self, place: Place) -> Inode | None:
         if not place.path:
             status = os.fstat(self[place.layer].fd)
-            return Inode(status, self.attributes(place, b"/proc/self/fd/%d" % self[place.layer].fd, status, True))
+            return Inode(status, self._attributes(place, self[place.layer].fd, status))
         try:
             fd = self.directory(place.parent())
             status = os.stat(place.name, dir_fd=fd, follow_symlinks=False)
@@ -174,15 +174,15 @@ class Layers:
             if error.errno in _NOT_THERE:
                 return None
             raise
-        return Inode(status, self.attributes(place, by_name(fd, place.name), status, False))
+        return Inode(status, self._attributes(place, by_name(fd, place.name), status))
 
-    def attributes(self, place: Place, path: bytes, status: os.stat_result, follow: bool) -> dict[str, bytes]:
-        """overlay's attributes. Raises UnknownAttribute for one that we do not know."""
+    def _attributes(self, place: Place, inode: int | bytes, status: os.stat_result) -> dict[str, bytes]:
+        """overlay's attributes of an open file, or of a path. Raises UnknownAttribute for one that we do not know."""
         if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
             return {}
         names = self[place.layer].names
         found = {}
-        for name in _list(path, follow):
+        for name in _list(inode):
             if not name.startswith(names.prefix):
                 continue
             if names.is_untrusted(name):
@@ -191,7 +191,11 @@ class Layers:
                     "from a newer kernel; nothing was changed"
                 )
             if name in names.dead or name in names.living:
-                found[name.removeprefix(names.prefix)] = os.getxattr(path, name, follow_symlinks=follow)
+                found[name.removeprefix(names.prefix)] = (
+                    os.getxattr(inode, name)
+                    if isinstance(inode, int)
+                    else os.getxattr(inode, name, follow_symlinks=False)
+                )
         return found
 
     def names(self, place: Place) -> list[bytes]:
@@ -200,9 +204,9 @@ class Layers:
             return [os.fsencode(entry.name) for entry in entries]
 
 
-def _list(path: bytes, follow: bool) -> list[str]:
+def _list(inode: int | bytes) -> list[str]:
     try:
-        return os.listxattr(path, follow_symlinks=follow)
+        return list_attributes(inode)
     except OSError as error:
         if error.errno in _NO_ATTRIBUTES:
             return []

@@ -24,6 +24,7 @@ from snapshotter.fsck_overlay import handles
 from snapshotter.fsck_overlay.findings import KINDS, Consent, table
 from snapshotter.fsck_overlay.layers import opened
 from snapshotter.overlay.attributes import TRUSTED
+from tests.rig.filesystem import filesystem
 from tests.rig.namespace import CHECKOUT
 from tests.rig.random_overlay import Directories, fsck
 from tests.rig.seen import Seen, seen
@@ -421,6 +422,21 @@ def test_nothing_is_offered_where_the_lower_is_another_one(overlay: Directories,
     assert_only_the_lower_is_wrong(overlay)
 
 
+def test_inodes_of_another_filesystem_with_the_same_numbers_are_others(base: Path, ground: Path) -> None:
+    """The root of every fresh ext4 has the same handle but for the UUID."""
+    made = Directories(ground)
+    made.lowers = [base / "ext4"]
+    for number in range(2):
+        with filesystem("ext4", base, 4 << 20) as lower:
+            (lower / "file").write_text("file")
+            if number == 0:
+                with made.mount(index="on") as merged:
+                    (merged / "file").unlink()
+                assert made.found() == []
+            else:
+                assert_only_the_lower_is_wrong(made)
+
+
 def assert_only_the_lower_is_wrong(overlay: Directories) -> None:
     before = sorted(overlay.base.rglob("*"))
     done = overlay.fsck("-y")
@@ -478,9 +494,9 @@ def test_a_later_version_of_a_handle_is_refused(overlay: Directories) -> None:
 
 @pytest.mark.parametrize("index", ["on", "off"])
 def test_a_mounted_overlay_is_refused(overlay: Directories, index: str) -> None:
-    with overlay.mount(index=index):
+    with overlay.mount(index=index) as merged:
         done = overlay.fsck("-n")
-    assert (done.returncode, "mounted" in done.stderr) == (8, True), done
+    assert (done.returncode, f"mounted at {merged}" in done.stderr) == (8, True), done
 
 
 def test_an_overlay_that_only_a_detached_mount_has_is_refused(overlay: Directories) -> None:
