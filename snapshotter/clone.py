@@ -12,15 +12,17 @@ import errno
 import fcntl
 import os
 import stat
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapshotter import linux
 from snapshotter.overlay.attributes import Names, by_name, living_attributes, set_attributes
-from snapshotter.walker import OPEN_DIRECTORY, open_parent
+from snapshotter.walker import OPEN_DIRECTORY, join, open_file, open_parent
 
 _NO_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ETXTBSY}
+_CHANGED = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL}
+"""From what opens a directory or a file, or reads a symlink (open(2), walker.open_file, readlink(2))."""
+_ATTEMPTS = 100
 _CHUNK = 1 << 20
 _MAX_OPEN = 32
 _MAX_PATH_BYTES = 4000
@@ -74,8 +76,7 @@ class _Copier:
                 self._leave()
                 continue
             name = os.fsencode(level.remaining.pop())
-            with suppress(FileNotFoundError):
-                self._entry(level, name)
+            self._entry_as_it_is(level, name)
 
     def close(self) -> None:
         for level in self._levels:
@@ -85,13 +86,27 @@ class _Copier:
         if self._top_fd >= 0:
             os.close(self._top_fd)
 
+    def _entry_as_it_is(self, level: _Level, name: bytes) -> None:
+        """Again if it has become something else since it was looked at."""
+        for _ in range(_ATTEMPTS):
+            try:
+                self._entry(level, name)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno not in _CHANGED or _exists(name, level.target_fd):
+                    raise
+            else:
+                return
+        raise OSError(errno.EAGAIN, "an entry keeps becoming something else", os.fsdecode(name))
+
     def _entry(self, level: _Level, name: bytes) -> None:
         status = os.stat(name, dir_fd=level.source_fd, follow_symlinks=False)
         path = level.path + name
         if stat.S_ISDIR(status.st_mode):
             source_fd = linux.open_beneath(level.source_fd, name, OPEN_DIRECTORY)
             os.mkdir(name, 0o700, dir_fd=level.target_fd)
-            self._enter(source_fd, os.open(name, OPEN_DIRECTORY, dir_fd=level.target_fd), path + b"/")
+            self._enter(source_fd, os.open(name, OPEN_DIRECTORY, dir_fd=level.target_fd), join(level.path, name))
         elif first := self._first.get(status.st_ino):
             by_descriptor = first.startswith(b"/")
             os.link(
@@ -153,6 +168,14 @@ class _Copier:
             _close(inner)
 
 
+def _exists(name: bytes, directory_fd: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _close(level: _Level) -> None:
     for fd in (level.source_fd, level.target_fd):
         if fd >= 0:
@@ -161,7 +184,7 @@ def _close(level: _Level) -> None:
 
 
 def _copy_file(name: bytes, source_fd: int, target_fd: int, with_data: bool, reflink: bool) -> None:
-    source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source_fd)
+    source = open_file(source_fd, name, os.O_RDONLY)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         target = os.open(name, flags, 0o600, dir_fd=target_fd)

@@ -12,13 +12,13 @@ from typing import NamedTuple
 from snapshotter.durable import start_writeback, sync
 from snapshotter.errors import FailedPrecondition, quote
 from snapshotter.failpoint import Sync
+from snapshotter.linux import open_beneath
 from snapshotter.model import Usage
 from snapshotter.overlay.attributes import Names, by_name, list_attributes, remove_attribute, strip_dead
 from snapshotter.overlay.features import NO_FEATURES, Feature
 from snapshotter.usage import Tally
-from snapshotter.walker import OPEN_DIRECTORY, Entry, walk
+from snapshotter.walker import OPEN_DIRECTORY, Entry, open_file, walk
 
-_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BATCH = 256
 _MOST_REPORTED = 10
 """Attributes of one layer, that the log names."""
@@ -204,9 +204,17 @@ def _examine(entry: Entry, syncer: Syncer, customs: _Customs) -> list[str]:
 
 
 def open_entry(entry: Entry) -> int:
-    """A descriptor of a file or directory, only good for fsync and the like. Raises OSError."""
-    flags = OPEN_DIRECTORY if entry.is_directory else _OPEN_FILE
-    return os.open(entry.name, flags, dir_fd=entry.directory_fd)
+    """A descriptor of a file or directory, only good for fsync and the like. Raises OSError, and FailedPrecondition for
+    what is mounted in the tree: it hides what should be looked at."""
+    try:
+        if entry.is_directory:
+            return open_beneath(entry.directory_fd, entry.name, OPEN_DIRECTORY)
+        return open_file(entry.directory_fd, entry.name, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        path = quote(os.fsdecode(entry.directory + entry.name))
+        raise FailedPrecondition(f"something is mounted at {path} in the snapshot's directory; unmount it") from error
 
 
 class Syncer:

@@ -17,6 +17,7 @@ from snapshotter.linux import open_beneath
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_OPEN = 64
+_PATH_MAX = 4096
 _NOT_OURS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV}
 """Gone or no directory by now; or something is mounted there."""
 
@@ -45,7 +46,8 @@ class Name(NamedTuple):
 
     directory_fd: int
     directory: bytes
-    """The path of the directory below the top: empty, or ending with a slash. May be longer than PATH_MAX."""
+    """The path of the directory below the top: empty, or ending with a slash. What is longer than PATH_MAX, and good
+    for no system call, is that of a directory above: else a tree that is deep enough would fill the memory."""
     name: bytes
     inode: int
     is_directory: bool
@@ -98,6 +100,11 @@ def walk_names(top_fd: int) -> Iterator[Name]:
                 os.close(level.fd)
 
 
+def join(path: bytes, name: bytes) -> bytes:
+    """The path of a directory `name`, as Name has it."""
+    return path if len(path) > _PATH_MAX else path + name + b"/"
+
+
 def _read(fd: int) -> list[tuple[bytes, int, bool, bool]]:
     with os.scandir(fd) as entries:
         return [
@@ -113,7 +120,7 @@ def _enter(levels: list[_Level], name: bytes) -> None:
         if error.errno in _NOT_OURS:
             return
         raise
-    levels.append(_Level(fd, os.fstat(fd), levels[-1].path + name + b"/", []))
+    levels.append(_Level(fd, os.fstat(fd), join(levels[-1].path, name), []))
     levels[-1].remaining = _read(fd)
     if len(levels) > _MAX_OPEN:
         outer = levels[-_MAX_OPEN]
@@ -128,6 +135,18 @@ def _leave(levels: list[_Level]) -> None:
             levels[-1].fd = open_parent(inner.fd, levels[-1].status)
     finally:
         os.close(inner.fd)
+
+
+def open_file(directory_fd: int, name: bytes, flags: int) -> int:
+    """Opens a regular file. Raises OSError: ENXIO for anything else, which is never opened, be it exchanged for a file
+    this moment: opening a device can be all it takes (a watchdog, a tape)."""
+    handle = open_beneath(directory_fd, name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.ENXIO, "no regular file any more", os.fsdecode(name))
+        return os.open(f"/proc/self/fd/{handle}", flags | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
 
 
 def open_parent(below_fd: int, expected: os.stat_result) -> int:

@@ -132,8 +132,15 @@ def strip_dead(path: bytes, names: Names) -> bool:
 
 def living_attributes(path: bytes, names: Names) -> dict[str, bytes]:
     """All extended attributes of a path but overlay's dead ones, not following it. Raises OSError."""
-    found = os.listxattr(path, follow_symlinks=False)
-    return {name: os.getxattr(path, name, follow_symlinks=False) for name in found if name not in names.dead}
+    found = {}
+    for name in os.listxattr(path, follow_symlinks=False):
+        if name not in names.dead:
+            try:
+                found[name] = os.getxattr(path, name, follow_symlinks=False)
+            except OSError as error:
+                if error.errno != errno.ENODATA:  # gone meanwhile
+                    raise
+    return found
 
 
 def set_attributes(path: bytes, attributes: Mapping[str, bytes]) -> None:
