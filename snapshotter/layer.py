@@ -19,6 +19,7 @@ from snapshotter.overlay.features import NO_FEATURES, Feature
 from snapshotter.usage import Tally
 from snapshotter.walker import OPEN_DIRECTORY, Entry, open_file, walk
 
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BATCH = 256
 _MOST_REPORTED = 10
 """Attributes of one layer, that the log names."""
@@ -56,8 +57,8 @@ def finish(tree: Path, names: Names, may_sync: bool = True, number: int = 0, cou
     """Makes durable what the layer brought, with `may_sync`, counts it, and finds out which overlay features reading it
     takes. Attributes of overlay's that the tree cannot have are stripped, durably, if `names` say so.
 
-    Of a tree that nobody changes, `count` processes may each do the part of their `number` (`merged`). Raises
-    FailedPrecondition for such attributes otherwise, and OSError.
+    Of a tree that nobody changes, `count` processes may each do the part of their `number` (`merged`), with less care.
+    Raises FailedPrecondition for such attributes otherwise, and OSError.
     """
     tally = Tally()
     attributes: set[str] = set()
@@ -77,7 +78,7 @@ def finish(tree: Path, names: Names, may_sync: bool = True, number: int = 0, cou
             if entry.is_directory:
                 mtimes_ns[entry.status.st_ino] = entry.status.st_mtime_ns
             is_all_synced &= entry.is_file or entry.is_directory
-            attributes.update(_examine(entry, syncer, customs))
+            attributes.update(_examine(entry, syncer, customs, is_still=count > 1))
     needs = NO_FEATURES
     if names.metacopy in attributes:
         needs |= Feature.METACOPY
@@ -185,13 +186,17 @@ class _Customs:
             self.stripped.append(Stripped(path, name))
 
 
-def _examine(entry: Entry, syncer: Syncer, customs: _Customs) -> list[str]:
-    """The names of the entry's attributes, of which only those are left that it may have."""
+def _examine(entry: Entry, syncer: Syncer, customs: _Customs, is_still: bool) -> list[str]:
+    """The names of the entry's attributes, of which only those are left that it may have. `is_still`: what was a file
+    when it was looked at is one now."""
     path = entry.directory + entry.name
     try:
         if not (entry.is_file or entry.is_directory):
             return customs.passed(by_name(entry.directory_fd, entry.name), path)
-        fd = open_entry(entry)
+        if is_still and entry.is_file:
+            fd = os.open(entry.name, _OPEN_FILE, dir_fd=entry.directory_fd)
+        else:
+            fd = open_entry(entry)
     except OSError as error:
         # Replaced or gone since it was looked at: not what this layer keeps.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
