@@ -35,6 +35,7 @@ from snapshotter.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
+    SnapshotterError,
     Unavailable,
     from_os_error,
     quote,
@@ -59,7 +60,7 @@ from snapshotter.overlay.attributes import Names, copy_attributes
 from snapshotter.overlay.trial import trial_switches
 from snapshotter.progress import join_until, waiting_for
 from snapshotter.root import Root
-from snapshotter.seal import Sealer
+from snapshotter.seal import NotBegun, Sealer
 from snapshotter.sharing import Sharing
 from snapshotter.space import Accountant, Subject
 from snapshotter.usage import UsageCache, scan
@@ -468,7 +469,7 @@ class Engine:
                 raise from_os_error(f"committing snapshot {quote(want.key)}", error) from error
             failpoint.hit("commit.after-transaction")
             if made.sealing:
-                self._seal(made.id)
+                self._seal(made.id, target)
             elif made.id == target.id:
                 # Left behind by a kill here: the sweep takes the work directory of a committed snapshot.
                 self._discard(self._root.work(made.id), f"{made.id}.work")
@@ -476,11 +477,11 @@ class Engine:
         self._accountant.changed()
         log.info("snapshot.committed", name=want.name, id=made.id, size_bytes=made.usage.size_bytes)
 
-    def _seal(self, snapshot_id: SnapshotId) -> None:
+    def _seal(self, snapshot_id: SnapshotId, was: Target | None = None) -> None:
         """Finishes a commit, unless that was done meanwhile; call it under the claim.
 
-        Past the commit point there is no way back: a failure leaves it to whoever needs the snapshot next, or
-        to Remove.
+        A failure leaves it to whoever needs the snapshot next, or to Remove. The way back is open only to who has just
+        committed what `was` active, as long as nothing of it was changed: raises ResourceExhausted then.
         """
         with self._store.read() as tx:
             record = snapshots.by_id(tx, snapshot_id) if snapshots.knows_id(tx, snapshot_id) else None
@@ -490,8 +491,13 @@ class Engine:
         try:
             outcome = self._sealer.seal(record, below)
             failpoint.hit("seal.done")
-            self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome))
-        except (OSError, Stopped, ResourceExhausted) as error:
+            self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome), frees_space=True)
+        except (OSError, Stopped, NotBegun, ResourceExhausted, Unavailable) as error:
+            if isinstance(error, NotBegun) and was and self._take_back(was):
+                raise ResourceExhausted(
+                    f"no space to commit snapshot {quote(was.key)} as {quote(record.name)}, which takes a copy while "
+                    f"somebody has it mounted ({quote(str(error))}): unmount it there, or free space"
+                ) from error
             log.error("commit.seal_failed", name=record.name, id=snapshot_id, reason=str(error))
             raise Unavailable(
                 f"snapshot {quote(record.name)} is committed, but its layer could not be finished "
@@ -500,6 +506,24 @@ class Engine:
         failpoint.hit("seal.after-transaction")
         # Left behind by a kill here: the sweep takes them.
         self._attempt(lambda: self._sealer.tidy(snapshot_id, Kind.COMMITTED))
+
+    def _take_back(self, was: Target) -> bool:
+        """Undoes the commit point; False where that fails: then the snapshot stays committed."""
+        try:
+            # A kill from here on leaves a mount of a committed snapshot, which the next start drops.
+            self._mounter.provide(was)
+            failpoint.hit("commit.taking-back")
+            self._store.write(lambda tx: snapshots.take_back(tx, was.id), frees_space=True)
+        except (SnapshotterError, OSError) as error:
+            log.warning("commit.not_taken_back", id=was.id, reason=str(error))
+            self._mounter.release(was.id, wait=True)
+            return False
+        # And from here one of an active snapshot that may be frozen, which the next start thaws.
+        failpoint.hit("commit.taken-back")
+        if was.materialized:
+            self._mounter.thaw(was.id)
+        self._attempt(lambda: self._sealer.tidy(was.id, Kind.ACTIVE))
+        return True
 
     def _seal_all(self, snapshot_ids: Sequence[SnapshotId]) -> None:
         """What an earlier run left half done; who needs one of them meanwhile waits for it."""
@@ -518,7 +542,7 @@ class Engine:
             # Its commit was interrupted or could not be finished, unless the claim says that it is under way.
             snapshot_id = error.id
         with self._claims.hold(snapshot_id):
-            self._store.write(lambda tx: _remove_exactly(tx, key, snapshot_id))
+            self._store.write(lambda tx: _remove_exactly(tx, key, snapshot_id), frees_space=True)
             failpoint.hit("remove.after-transaction")
             # Left behind by a kill here, the mount and the directory belong to no snapshot: the next start takes them.
             self._mounter.release(snapshot_id)

@@ -75,10 +75,14 @@ ERRORS_BY_GRPC_CODE: dict[str, type[SnapshotterError]] = {
     )
 }  # fmt: skip
 
-_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EMLINK}
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+READ_ONLY_HINT = "remount it read-write, after a repair if the kernel's log speaks of errors"
+_EXHAUSTED = NO_SPACE | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EMLINK}
 
 
 def from_os_error(act: str, error: OSError) -> SnapshotterError:
     """The error to raise, `from error`, where `act` ("making the directory of snapshot …") failed."""
+    if error.errno == errno.EROFS:
+        return Unavailable(f"{act}: {error.strerror}: {READ_ONLY_HINT}")
     cls = ResourceExhausted if error.errno in _EXHAUSTED else Internal
     return cls(f"{act}: {error.strerror or error}")

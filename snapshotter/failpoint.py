@@ -32,6 +32,8 @@ NAMES = frozenset({
     "commit.before-transaction",
     "commit.after-transaction",
     "trial.mounted",
+    "commit.taking-back",
+    "commit.taken-back",
     "copy.made",
     "copy.committed",
     "copy.released",

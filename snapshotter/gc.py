@@ -20,7 +20,7 @@ import structlog
 
 from snapshotter.content.objects import release_all
 from snapshotter.durable import Stopped, remove_tree
-from snapshotter.errors import Internal, Unavailable, quote
+from snapshotter.errors import Internal, Unavailable, from_os_error, quote
 from snapshotter.model import NO_EXTENT, Extent
 from snapshotter.progress import Watch, ended, join_until, where
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
@@ -60,7 +60,7 @@ class Trash:
         # Layers last: objects go with the last links to them.
         found = sorted((entry.name for entry in directory.iterdir()), key=lambda name: (_is_layer(name), name))
         self._queue: deque[str | Future[None] | _Question] = deque(found)
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, Exception] = {}
         self._deleting: set[str] = set()
         self._hung: dict[str, threading.Thread] = {}
         """Some of those."""
@@ -84,7 +84,8 @@ class Trash:
     def drained(self) -> Future[None]:
         """Completes when all that is in the trash now has been deleted.
 
-        It then holds Internal if something could not be, Unavailable if a deletion hangs, or the daemon stops first.
+        It then holds an error if something could not be (errors.from_os_error), Unavailable if a deletion hangs, or the
+        daemon stops first.
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # nobody who waits can cancel it
@@ -198,14 +199,15 @@ class Trash:
         log.error("trash.delete_hangs", tree=str(self._directory / name), kernel=where(thread.native_id or 0))
 
     def _delete(self, name: str) -> None:
-        freed, failure = NO_EXTENT, None
+        freed = NO_EXTENT
+        failure: Exception | None = None
         try:
             freed = self._workers.call(delete, self._directory, name, self._objects)
         except Stopped:
             return
         except Exception as error:  # the others must go
             log.error("trash.delete_failed", tree=str(self._directory / name), reason=str(error))
-            failure = quote(str(error))
+            failure = error
         with self._wake:
             self._deleting.discard(name)
             self._freed += freed
@@ -224,9 +226,11 @@ class Trash:
             failed = dict(self._failed)
         if failed:
             name, reason = next(iter(failed.items()))
-            waiter.set_exception(
-                Internal(f"{len(failed)} trees in {self._directory} cannot be deleted, first {name}: {reason}")
-            )
+            what = f"{len(failed)} trees in {self._directory} cannot be deleted, first {name}"
+            if isinstance(reason, OSError):
+                waiter.set_exception(from_os_error(what, reason))
+            else:
+                waiter.set_exception(Internal(f"{what}: {quote(str(reason))}"))
         elif hung:
             waiter.set_exception(Unavailable(_STOPPING) if self._stopping else self._hangs(f"deleting {min(hung)}"))
         else:

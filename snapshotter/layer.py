@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snapshotter.durable import start_writeback, sync
-from snapshotter.errors import FailedPrecondition, quote
+from snapshotter.errors import NO_SPACE, FailedPrecondition, quote
 from snapshotter.failpoint import Sync
 from snapshotter.linux import open_beneath
 from snapshotter.model import Usage
@@ -142,8 +142,11 @@ def strip(tree: Path, names: Names, may_sync: bool) -> Usage:
 def _strip(path: bytes, names: Names) -> bool:
     try:
         return strip_dead(path, names)
-    except PermissionError:
-        # An immutable inode. The attributes mean nothing to a mount that has the tree as a lower.
+    except OSError as error:
+        # An immutable inode, or one whose other attributes would need a block of their own. What is left means nothing
+        # to a mount that has the tree as a lower.
+        if error.errno not in (errno.EPERM, errno.EACCES, *NO_SPACE):
+            raise
         return False
 
 

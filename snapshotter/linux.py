@@ -21,6 +21,7 @@ _libc.renameat2.argtypes = [
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
 ]  # fmt: skip
 _libc.syscall.restype = ctypes.c_long
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.opendir.restype = ctypes.c_void_p
 _libc.readdir.argtypes = _libc.closedir.argtypes = [ctypes.c_void_p]
@@ -38,6 +39,7 @@ UMOUNT_NOFOLLOW = 8
 
 SYNC_FILE_RANGE_WRITE = 2
 RENAME_EXCHANGE = 2
+_FALLOC_FL_KEEP_SIZE = 1
 FICLONE = 0x40049409
 FIDEDUPERANGE = 0xC0189436
 
@@ -161,6 +163,14 @@ def sync_file_range_start(fd: int) -> None:
     Errors are left to the fsync that has to follow; directories and some filesystems refuse it.
     """
     _libc.sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+
+def fallocate_keep_size(fd: int, offset: int, length: int) -> None:
+    """fallocate(2) with FALLOC_FL_KEEP_SIZE: blocks, wherever there are none yet, for a range that may lie behind the
+    file's end."""
+    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def syncfs(fd: int) -> None:

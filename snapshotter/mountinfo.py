@@ -48,6 +48,19 @@ def read_only_uppers() -> Iterator[tuple[str, str]]:
                 yield _unescape(before.split(" ")[4]), option.removeprefix("upperdir=")
 
 
+def places_of_upper(upper: Path) -> Iterator[str]:
+    """Where in our namespace the whole of the overlay with that upperdir can be reached."""
+    needle = f"upperdir={upper}"
+    for line in _lines("self"):
+        before, _, after = line.partition(" - ")
+        filesystem, _, options = after.split(" ")[:3]
+        if filesystem == "overlay" and needle in options.split(","):
+            device, root, path = before.split(" ")[2:5]
+            status = os.stat(_unescape(path))  # of what is mounted there last
+            if root == "/" and device == f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}":
+                yield _unescape(path)
+
+
 def processes_with_upper(upper: Path) -> list[int]:
     """Processes in whose mount namespace an overlay uses `upper`; one a namespace. Reads all of /proc: for
     an error message, not for every day."""

@@ -16,6 +16,7 @@
       spool/                unnamed temporary files (answers on their way to slow clients) and trial mounts:
                             nothing that outlives the process
       lost+found/           what a repair took out of its place (fsck.lost)
+      memory/               where a tmpfs is mounted for trials while the disk is full
 
 A view that has a parent owns nothing here.
 """
@@ -33,12 +34,12 @@ import structlog
 
 from snapshotter import linux, mountinfo, place
 from snapshotter.durable import remove_tree, sync_directory
-from snapshotter.errors import FailedPrecondition, InvalidArgument, PermissionDenied, from_os_error, quote
+from snapshotter.errors import NO_SPACE, FailedPrecondition, InvalidArgument, PermissionDenied, from_os_error, quote
 from snapshotter.model import SnapshotId
 
 log = structlog.get_logger()
 
-_DIRECTORIES = ("metadata", "snapshots", "objects", "mounts", "busy", "empty", "trash", "spool")
+_DIRECTORIES = ("metadata", "snapshots", "objects", "mounts", "busy", "empty", "trash", "spool", "memory")
 _WORKERS_END_S = 1.0
 _FOREIGN = "lost+found"
 SHARDS_OF_OBJECTS = frozenset(f"{number:02x}" for number in range(256))
@@ -59,6 +60,7 @@ class Root:
         self.empty = path / "empty"
         self.trash = path / "trash"
         self.spool = path / "spool"
+        self.memory = path / "memory"
 
     def directory(self, snapshot_id: SnapshotId) -> Path:
         return self.snapshots / str(snapshot_id)
@@ -94,7 +96,11 @@ class RootLock:
                 f"root {path} is in use by the containerd-dedup-grpc with pid {owner}; stop that one first"
             ) from error
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            if error.errno not in NO_SPACE:  # the lock holds, and only a message wants the number
+                raise
 
     def fileno(self) -> int:
         """The lock lasts as long as any process has this open."""
@@ -145,7 +151,8 @@ def claim(path: Path) -> tuple[Root, RootLock]:
         _make_shards(path / "objects")
         # The merged root of a snapshot without a parent looks like this one.
         (path / "empty").chmod(0o755)
-        _clear_spool(path / "spool")
+        for name in ("spool", "memory"):
+            _clear_spool(path / name)
         for directory in {*made, path / "objects", path}:
             sync_directory(directory, "sync.root")
         for directory in (path.parent, *above):

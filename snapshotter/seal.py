@@ -10,7 +10,8 @@ kernel would refuse the upper as a lower (EBUSY), and when somebody still has a 
 tree of hard links would not do in the first case: link counts would be wrong in both trees, and change in
 the layer when the other goes.
 
-A kill after the commit point leaves a snapshot that is marked as sealing; `seal` can be repeated. Only what nobody
+A kill after the commit point leaves a snapshot that is marked as sealing; `seal` can be repeated. Only where it cannot
+begin, for want of space for a copy, can the commit point be taken back. Only what nobody
 can write is shared: a tree that was frozen, or that containerd unpacked and no overlay has as its upper; never a
 copy of a tree that somebody was writing.
 """
@@ -30,12 +31,12 @@ from snapshotter import clone, failpoint, layer, linux
 from snapshotter.config import STRIP
 from snapshotter.content.plan import Plan, read_plan
 from snapshotter.durable import FULL, NONE, keeps_order, remove_tree, sync, sync_directory, sync_names
-from snapshotter.errors import Unavailable, quote
+from snapshotter.errors import NO_SPACE, Unavailable, quote
 from snapshotter.gc import Trash
 from snapshotter.ids import Ids
 from snapshotter.meta.schema import Record
 from snapshotter.meta.snapshots import Layer, Sealed
-from snapshotter.model import Kind, SnapshotId, Usage
+from snapshotter.model import NO_USAGE, Kind, SnapshotId, Usage
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay import index
@@ -50,6 +51,10 @@ log = structlog.get_logger()
 
 _ATTEMPTS = 5
 """How often new names of hard links may appear between their completion and the freeze."""
+
+
+class NotBegun(Exception):
+    """There was no space to begin sealing: what the snapshot is made of is what it was at the commit point."""
 
 
 class Sealer:
@@ -114,7 +119,7 @@ class Sealer:
 
     def seal(self, record: Record, below: Sequence[SnapshotId]) -> Sealed:
         """Makes the tree of a committed snapshot, which stands on the layers `below`, a layer and nothing but.
-        Raises OSError."""
+        Raises OSError, and NotBegun, which means what it says where no earlier run was at it."""
         planned = read_plan(self._root.seal(record.id))
         durability = planned.durability if planned else self._durability
         sealed = self._seal(record, below, planned, durability == FULL)
@@ -125,11 +130,20 @@ class Sealer:
     def _seal(self, record: Record, below: Sequence[SnapshotId], planned: Plan | None, may_sync: bool) -> Sealed:
         snapshot_id = record.id
         names = self._names_for(is_lowest=not below)
-        self._mounter.release(snapshot_id, wait=True)
-        failpoint.hit("seal.unmounted")
-        self._finish_exchange(snapshot_id)
-        if self._in_use(self._root.fs(snapshot_id)):
-            return Sealed(self._make_new_tree(snapshot_id, names, may_sync), record.features, None)
+        self._mounter.unmount(snapshot_id)
+        try:
+            failpoint.hit("seal.unmounted")
+            self._finish_exchange(snapshot_id)
+            is_new = self._in_use(self._root.fs(snapshot_id))
+            new_usage = self._make_new_tree(snapshot_id, names, may_sync) if is_new else NO_USAGE
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise NotBegun(str(error)) from error
+            raise
+        self._mounter.release(snapshot_id)
+        if is_new:
+            self._exchange(snapshot_id)
+            return Sealed(new_usage, record.features, None)
         was_interrupted = self._sharing.was_begun(snapshot_id)
         usage = record.usage
         if planned is None or planned.strip:
@@ -180,7 +194,9 @@ class Sealer:
         return self._names.of_the_lowest_layer() if is_lowest else self._names
 
     def _in_use(self, tree: Path) -> bool:
-        return self._trial is not None and tree.exists() and is_upper_in_use(tree, self._root.spool, self._trial)
+        if self._trial is None or not tree.exists():
+            return False
+        return is_upper_in_use(tree, self._root.spool, self._trial, self._root.memory)
 
     def _freeze(self, target: Target) -> bool:
         """False if something is open for writing."""
@@ -264,14 +280,18 @@ class Sealer:
                 clone.copy_tree, self._root.fs(snapshot_id), directory / "new", names, self._reflink
             )
             found = self._workers.call(layer.finish, directory / "new", names, may_sync)
+            failpoint.hit("seal.copied")
+            # The plan is about the old tree: it knows directories by their inodes.
+            self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
+            if may_sync:
+                sync_names(directory, self._in_order or found.is_all_synced, "sync.new-tree")
         except BaseException:
             self._trash.discard(directory / "new", f"{snapshot_id}.new")
             raise
-        failpoint.hit("seal.copied")
-        # The plan is about the old tree: it knows directories by their inodes.
-        self._trash.discard(self._root.seal(snapshot_id), f"{snapshot_id}.seal")
-        if may_sync:
-            sync_names(directory, self._in_order or found.is_all_synced, "sync.new-tree")
+        return found.usage
+
+    def _exchange(self, snapshot_id: SnapshotId) -> None:
+        directory = self._root.directory(snapshot_id)
         fd = os.open(directory, OPEN_DIRECTORY)
         try:
             linux.renameat2(fd, b"fs", fd, b"new", linux.RENAME_EXCHANGE)
@@ -280,8 +300,12 @@ class Sealer:
             os.close(fd)
         log.info("commit.new_tree", id=snapshot_id)
         failpoint.hit("seal.exchanged")
-        self._finish_exchange(snapshot_id)
-        return found.usage
+        try:
+            self._finish_exchange(snapshot_id)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            log.warning("commit.old_tree_left", id=snapshot_id, reason=str(error))  # to `tidy`
 
     def _finish_exchange(self, snapshot_id: SnapshotId) -> None:
         """What is called "new" is either half a new tree, whose making was killed, or the old one after the exchange.

@@ -7,6 +7,7 @@ thread. What blocks runs in the pools of calls.py: short calls never queue behin
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ from snapshotter import __version__, mountinfo
 from snapshotter.api import admin_pb2, admin_pb2_grpc, mount_pb2, snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.calls import Pools
 from snapshotter.engine import Engine
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import NO_SPACE, SnapshotterError, from_os_error
 from snapshotter.fsck.findings import Finding, Progress
 from snapshotter.model import MAX_CHAIN, Commitment, Creation, Extent, Info, Kind, Mount, SnapshotSpace, Space
 from snapshotter.spool import Spool, Spools
@@ -49,6 +50,9 @@ async def _abort(context: Any, call: str, error: Exception) -> None:
     if isinstance(error, SnapshotterError):
         log.debug("call.refused", call=call, code=error.grpc_code, reason=str(error))
         await context.abort(grpc.StatusCode[error.grpc_code], str(error))
+    if isinstance(error, OSError) and error.errno in (*NO_SPACE, errno.EROFS):
+        # The disk is to blame, wherever it was met.
+        await _abort(context, call, from_os_error(call, error))
     log.error("call.failed", call=call, exc_info=error)
     await context.abort(
         grpc.StatusCode.INTERNAL,

@@ -20,7 +20,7 @@ from snapshotter.model import Kind, SnapshotId
 from snapshotter.root import SHARDS_OF_OBJECTS, Root
 
 _IN_ROOT = {
-    "lock", "metadata", "snapshots", "objects", "mounts", "busy", "empty", "trash", "spool", lost.NAME,
+    "lock", "metadata", "snapshots", "objects", "mounts", "busy", "empty", "trash", "spool", "memory", lost.NAME,
 }  # fmt: skip
 _IN_SNAPSHOT = {"fs", "refs", "seal", "work"}
 _OF_SEALING = {"new", "old"}

@@ -233,6 +233,16 @@ def sealed(tx: Tx, snapshot_id: SnapshotId, outcome: Sealed) -> None:
         tx.raw.put(raw_id, schema.encode_facts(outcome.facts), db=tx.layers)
 
 
+def take_back(tx: Tx, snapshot_id: SnapshotId) -> None:
+    """Undoes the commit of a snapshot that is being sealed."""
+    active = _before_sealing(tx, snapshot_id)
+    raw_id = schema.encode_id(snapshot_id)
+    _delete(tx, by_id(tx, snapshot_id))
+    tx.raw.delete(raw_id, db=tx.sealing)
+    tx.raw.delete(raw_id, db=tx.chains)
+    _put(tx, active)
+
+
 def facts_of(tx: Tx, snapshot_id: SnapshotId) -> Facts | None:
     """None of a layer whose files were not shared."""
     raw = tx.raw.get(schema.encode_id(snapshot_id), db=tx.layers)

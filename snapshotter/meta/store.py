@@ -11,8 +11,12 @@ MDB_NOSYNC a system crash can corrupt the file, so syncing stays on. The engine 
 (`lib_version=0`): 1.0 has another file format.
 
 Each read writes into the table of readers, lock.mdb, which is mapped: on a filesystem that is frozen (fsfreeze(8))
-that page fault waits, and with it, inside liblmdb, whoever wants the interpreter. So the table is in memory, on a tmpfs
-that only this process has, where a link stands for the data file; the root's lock already keeps other writers away.
+that page fault waits, and with it, inside liblmdb, whoever wants the interpreter; without space, or on one that became
+read-only, it is SIGBUS. So the table is in memory, on a tmpfs that only this process has, where a link stands for the
+data file; the root's lock already keeps other writers away.
+
+After a failed write of a meta page nothing can be read or written (MDB_PANIC) until the environment is opened again. On
+a full disk what frees space still works (meta.reserve).
 """
 
 from __future__ import annotations
@@ -27,20 +31,34 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import lmdb
+import structlog
 
 from snapshotter import failpoint, linux
 from snapshotter.durable import sync_directory
-from snapshotter.errors import Internal, ResourceExhausted, SnapshotterError, Unavailable
+from snapshotter.errors import (
+    NO_SPACE,
+    READ_ONLY_HINT,
+    Internal,
+    ResourceExhausted,
+    SnapshotterError,
+    Unavailable,
+    from_os_error,
+)
 from snapshotter.meta import schema
+from snapshotter.meta.reserve import ENOUGH_BYTES, LEAST_BYTES, Reserve
 from snapshotter.progress import join_until, waiting_for
 from snapshotter.root import metadata_is_lost
+
+log = structlog.get_logger()
 
 MAP_BYTES = 1 << 40
 _MAX_READERS = 1024
 _SHORT_OF_SPACE_BYTES = 1 << 20
+_LOCK_FILE_BYTES = 128 << 10
+"""More than a header and 64 bytes a reader."""
 
 T = TypeVar("T")
 Txn = Any
@@ -50,7 +68,11 @@ Txn = Any
 @dataclass(slots=True)
 class _Request:
     act: Callable[[Tx], Any]
+    frees_space: bool
     future: Future[Any]
+
+
+_Outcome: TypeAlias = tuple[_Request, Any, BaseException | None]
 
 
 class Tx:
@@ -79,34 +101,17 @@ class Store:
         `may_create` is false; Internal for a damaged file.
         """
         self._directory = directory
-        self._place = _directory_in_memory()
-        os.symlink(directory / "data.mdb", "data.mdb", dir_fd=self._place)
+        self._gate = threading.Condition()
+        self._readers = 0
+        self._broken: SnapshotterError | None = None
+        """Why the environment is closed."""
         try:
-            self._env = lmdb.open(
-                f"/proc/self/fd/{self._place}",
-                map_size=MAP_BYTES,
-                mode=0o600,
-                max_dbs=16,
-                max_readers=_MAX_READERS,
-                max_spare_txns=64,
-                readahead=False,
-                lib_version=0,
-            )
-        except lmdb.Error as error:
-            os.close(self._place)
-            raise self._error("opening the metadata", error) from error
-        try:
-            self._cover_map()
-            self._env.reader_check()
-            self._check_version(may_create)
-            self._databases = self._open_databases()
+            self._open(may_create)
             # LMDB syncs its file, and not the directory that names it.
             sync_directory(directory, "sync.metadata")
-        except BaseException as error:
-            self._close_files()
-            if isinstance(error, lmdb.Error):
-                raise self._error("opening the metadata", error) from error
-            raise
+            self._reserve = Reserve(directory / "data.mdb")
+        except OSError as error:
+            raise from_os_error(f"opening the metadata in {directory}", error) from error
         self.batches = 0
         self._waiting: deque[_Request] = deque()
         self._wake = threading.Condition()
@@ -122,37 +127,53 @@ class Store:
             self._wake.notify()
         join_until(self._writer, deadline_s)
         if not self._writer.is_alive():
-            self._close_files()
-
-    def _close_files(self) -> None:
-        self._env.close()
-        if self._place >= 0:
-            os.close(self._place)
-        self._place = -1
+            self._env.close()
 
     def engine_version(self) -> str:
         return ".".join(map(str, self._env.lib_version()))
 
     @contextmanager
     def read(self) -> Iterator[Tx]:
-        """A consistent view. Keep it short: old pages cannot be reused meanwhile. Raises Internal for damage."""
+        """A consistent view. Keep it short: old pages cannot be reused meanwhile; and never open one inside another.
+        Raises Internal for damage."""
         try:
-            with self._env.begin() as txn:
+            with self._begin_reading() as txn:
                 yield Tx(txn, self._databases)
         except lmdb.Error as error:
             raise self._error("reading the metadata", error) from error
 
-    def write(self, act: Callable[[Tx], T]) -> T:
+    @contextmanager
+    def _begin_reading(self) -> Iterator[Txn]:
+        txn = None
+        with self._gate:
+            while txn is None:
+                if self._broken:
+                    raise self._broken
+                try:
+                    txn = self._env.begin()
+                except lmdb.PanicError:
+                    self._gate.wait()  # for the writer, which has met it and opens the environment again
+            self._readers += 1
+        try:
+            with txn:
+                yield txn
+        finally:
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
+
+    def write(self, act: Callable[[Tx], T], frees_space: bool = False) -> T:
         """Runs `act` on the writer thread and returns its result once it is durable.
 
-        `act` must be quick and touch nothing but the transaction: others wait for it. What it raises is
-        raised here, and nothing of it is stored.
+        `act` must be quick and touch nothing but the transaction: others wait for it; it may run more than once. What
+        it raises is raised here, and nothing of it is stored. Where the disk is full, only what `frees_space` may use
+        the last of the reserve; everything else is ResourceExhausted.
         """
         future: Future[T] = Future()
         with self._wake:
             if self._closing:
                 raise Unavailable("the daemon is stopping; call again when it runs")
-            self._waiting.append(_Request(act, future))
+            self._waiting.append(_Request(act, frees_space, future))
             self._wake.notify()
         with waiting_for(lambda: [self._writer.native_id or 0]):
             return future.result()
@@ -164,10 +185,57 @@ class Store:
         except lmdb.Error as error:
             raise self._error("copying the metadata", error) from error
 
+    def _open(self, may_create: bool) -> None:
+        """Raises SnapshotterError, OSError; then nothing is open."""
+        try:
+            self._env = _open_environment(self._directory)
+        except lmdb.Error as error:
+            raise self._error("opening the metadata", error) from error
+        try:
+            self._cover_map()
+            self._check_version(may_create)
+            self._databases = self._open_databases()
+        except lmdb.Error as error:
+            self._env.close()
+            raise self._error("opening the metadata", error) from error
+        except BaseException:
+            self._env.close()
+            raise
+
+    def _reopen(self) -> None:
+        """On the writer thread: makes the environment usable again, once nobody reads from it."""
+        with self._gate:
+            while self._readers:
+                self._gate.wait()
+            self._env.close()
+            try:
+                self._open(may_create=False)
+                self._broken = None
+                log.warning("metadata.reopened", directory=str(self._directory))
+            except (SnapshotterError, OSError) as error:
+                self._broken = Unavailable(f"the metadata cannot be opened again: {error}")
+                log.error("metadata.closed", directory=str(self._directory), reason=str(error))
+            self._gate.notify_all()
+
+    def _has_panicked(self) -> bool:
+        try:
+            self._env.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            return False
+        return False
+
+    def _last_transaction(self) -> int:
+        return int(self._env.info()["last_txnid"])
+
+    def _used_bytes(self) -> int:
+        return int((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
+
     def _cover_map(self) -> None:
         """A file shorter than its meta page says would kill the process (SIGBUS) where the map ends behind it; read as
         zeros, a page that is missing is an error like any other. Free pages at the end may rightly be missing."""
-        needed_bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        needed_bytes = self._used_bytes()
         data = self._directory / "data.mdb"
         if data.stat().st_size < needed_bytes:
             os.truncate(data, needed_bytes)
@@ -212,7 +280,46 @@ class Store:
             self._write_batch(batch)
 
     def _write_batch(self, batch: list[_Request]) -> None:
-        outcomes: list[tuple[_Request, Any, BaseException | None]] = []
+        if self._broken:
+            self._reopen()
+        if self._broken:
+            outcomes: list[_Outcome] = [(request, None, self._broken) for request in batch]
+        else:
+            spare_bytes = self._top_up()
+            if len(batch) == 1:
+                outcomes = self._commit_one(batch[0], spare_bytes)
+            elif spare_bytes < ENOUGH_BYTES or _is_short_of_space(outcomes := self._commit(batch)):
+                # Each takes its turn: those that free space must not fail for what the others want.
+                for request in batch:
+                    self._write_batch([request])
+                return
+        for request, result, problem in outcomes:
+            if problem is None:
+                request.future.set_result(result)
+            else:
+                request.future.set_exception(problem)
+
+    def _commit_one(self, request: _Request, spare_bytes: int) -> list[_Outcome]:
+        if spare_bytes < LEAST_BYTES and not request.frees_space:
+            what = f"no space is left for the metadata in {self._directory}: remove snapshots, or free space otherwise"
+            return [(request, None, ResourceExhausted(what))]
+        outcomes = self._commit([request])
+        if request.frees_space and _is_short_of_space(outcomes) and self._reserve.spend():
+            outcomes = self._commit([request])
+        return outcomes
+
+    def _top_up(self) -> int:
+        """The reserve, in bytes."""
+        try:
+            return self._reserve.top_up(self._used_bytes())
+        except OSError as error:
+            log.warning("metadata.no_reserve", directory=str(self._directory), reason=str(error))
+            return ENOUGH_BYTES  # what is wrong, the write will say
+
+    def _commit(self, batch: list[_Request]) -> list[_Outcome]:
+        """One transaction."""
+        outcomes: list[_Outcome] = []
+        before = self._last_transaction()
         try:
             failpoint.hit("meta.before-batch")
             with self._env.begin(write=True) as txn:
@@ -220,13 +327,13 @@ class Store:
         except (lmdb.Error, OSError) as error:
             # The transaction as a whole did not happen, whatever the single acts said.
             failure = self._error("writing the metadata", error)
+            if self._has_panicked():
+                self._reopen()
+                if not self._broken and self._last_transaction() > before:
+                    return outcomes  # it did: its meta page was written, and only what came then failed
             outcomes = [(request, None, failure) for request in batch]
         self.batches += 1
-        for request, result, problem in outcomes:
-            if problem is None:
-                request.future.set_result(result)
-            else:
-                request.future.set_exception(problem)
+        return outcomes
 
     def _attempt(self, parent: Txn, request: _Request) -> tuple[Any, BaseException | None]:
         try:
@@ -241,19 +348,49 @@ class Store:
 
     def _error(self, act: str, error: lmdb.Error | OSError) -> SnapshotterError:
         # liblmdb hands errno values on, of which py-lmdb keeps the text; a short write it calls EIO.
-        exhausted = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-        full = isinstance(error, lmdb.MapFullError) or any(text in str(error) for text in exhausted)
+        text = f"{act} in {self._directory}: {error}"
+        if os.strerror(errno.EROFS) in str(error):
+            return Unavailable(f"{text}: {READ_ONLY_HINT}")
+        full = isinstance(error, lmdb.MapFullError) or any(os.strerror(number) in str(error) for number in NO_SPACE)
         if os.strerror(errno.EIO) in str(error):
             full = os.statvfs(self._directory).f_bavail * os.statvfs(self._directory).f_frsize < _SHORT_OF_SPACE_BYTES
-        cls = ResourceExhausted if full else Internal
-        return cls(f"{act} in {self._directory}: {error}")
+        return ResourceExhausted(text) if full else Internal(text)
+
+
+def _open_environment(directory: Path) -> Any:
+    """Raises lmdb.Error, OSError."""
+    place = _directory_in_memory()
+    try:
+        os.symlink(directory / "data.mdb", "data.mdb", dir_fd=place)
+        lock = os.open("lock.mdb", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)
+        try:
+            os.posix_fallocate(lock, 0, _LOCK_FILE_BYTES)
+        finally:
+            os.close(lock)
+        return lmdb.open(
+            f"/proc/self/fd/{place}",
+            map_size=MAP_BYTES,
+            mode=0o600,
+            max_dbs=16,
+            max_readers=_MAX_READERS,
+            max_spare_txns=64,
+            readahead=False,
+            lib_version=0,
+        )
+    finally:
+        os.close(place)  # what is open stays
 
 
 def _directory_in_memory() -> int:
-    """A tmpfs that is mounted nowhere and goes with this descriptor. Raises OSError."""
+    """A tmpfs that is mounted nowhere and goes with what is open in it. Raises OSError."""
     filesystem = linux.fsopen("tmpfs")
     try:
         linux.fsconfig(filesystem, linux.FSCONFIG_CMD_CREATE)
         return linux.fsmount(filesystem, 0)
     finally:
         os.close(filesystem)
+
+
+def _is_short_of_space(outcomes: list[_Outcome]) -> bool:
+    """Of all of them: then nothing is stored."""
+    return all(isinstance(problem, ResourceExhausted) for _, _, problem in outcomes)

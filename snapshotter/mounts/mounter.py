@@ -96,21 +96,25 @@ class Mounter:
         return True
 
     def thaw(self, snapshot_id: SnapshotId) -> None:
+        """Undoes `freeze`."""
         linux.mount("", str(self._root.mountpoint(snapshot_id)), None, linux.MS_REMOUNT, None)
 
     def release(self, snapshot_id: SnapshotId, wait: bool = False) -> None:
-        """Detaches the mount now, whoever still uses it, and leaves what the kernel has to write to a thread.
-
-        With `wait`, who asks the kernel afterwards whether the upper is in use gets the others' answer, not ours.
-        """
+        """Detaches the mount now, whoever still uses it, and leaves what the kernel has to write to a thread, unless it
+        is to `wait`."""
         path = self._root.mountpoint(snapshot_id)
+        if wait:
+            self.unmount(snapshot_id)
         while self.is_mounted(snapshot_id):
-            if wait:
-                linux.umount2(str(path), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-            else:
-                self._detacher.detach(path)
+            self._detacher.detach(path)
         failpoint.hit("mount.detached")
         _remove_mountpoint(path)
+
+    def unmount(self, snapshot_id: SnapshotId) -> None:
+        """Detaches the mount, and leaves the mountpoint: to make it again takes space. Who asks the kernel afterwards
+        whether the upper is in use gets the others' answer, not ours."""
+        while self.is_mounted(snapshot_id):
+            linux.umount2(str(self._root.mountpoint(snapshot_id)), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
 
     def adopt(self, known: Mapping[SnapshotId, Kind]) -> None:
         """At a start: keeps the mounts of snapshots that exist, thaws those of active ones, drops all others."""
@@ -148,6 +152,8 @@ class Mounter:
             failpoint.hit("mount.mounted")
         except OSError as error:
             if error.errno == errno.EBUSY:
+                if self._put_back(target):
+                    return
                 raise Unavailable(self._busy_message(target)) from error
             if error.errno == errno.ESTALE:
                 raise FailedPrecondition(
@@ -155,6 +161,16 @@ class Mounter:
                     "it has now"
                 ) from error
             raise from_os_error(f"mounting snapshot {quote(target.key)}", error) from error
+
+    def _put_back(self, target: Target) -> bool:
+        """Where only our own mount is gone and somebody's bind of it is not: binds that, whatever it is frozen to."""
+        path = str(self._root.mountpoint(target.id))
+        for place in mountinfo.places_of_upper(self._root.fs(target.id)):
+            linux.mount(place, path, None, linux.MS_BIND, None)
+            linux.mount("", path, None, linux.MS_REMOUNT | linux.MS_BIND, None)  # with none of its restrictions
+            log.info("mount.put_back", id=target.id, bind=place)
+            return True
+        return False
 
     def _check_fits(self, overlay: Overlay, target: Target) -> None:
         """Raises FailedPrecondition for a chain that this kernel, or a root with so long a path, cannot mount."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from snapshotter import failpoint, linux
+from snapshotter.errors import NO_SPACE
 from snapshotter.overlay.mounting import Overlay, mount
 from snapshotter.overlay.probe import Probe
 
@@ -22,12 +24,30 @@ def trial_switches(probe: Probe) -> dict[str, str | None] | None:
     return {"index": "on", **volatile}
 
 
-def is_upper_in_use(tree: Path, scratch: Path, switches: Mapping[str, str | None]) -> bool:
+_covering = threading.Lock()
+
+
+def is_upper_in_use(tree: Path, scratch: Path, switches: Mapping[str, str | None], memory: Path | None = None) -> bool:
     """Asks the kernel by mounting `tree` as a lower with index=on, which it refuses (EBUSY) while some overlay has
     it as upper, be it mounted, detached or only bound.
 
-    `scratch` is a directory on the same filesystem. Raises OSError.
+    `scratch` is a directory on the same filesystem; where that is full, a tmpfs covers the directory `memory`,
+    if there is one, meanwhile. Raises OSError.
     """
+    try:
+        return _try(tree, scratch, switches)
+    except OSError as error:
+        if memory is None or error.errno not in NO_SPACE:
+            raise
+    with _covering:
+        linux.mount("tmpfs", str(memory), "tmpfs", 0, "size=1m")
+        try:
+            return _try(tree, memory, switches)
+        finally:
+            linux.umount2(str(memory), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+
+def _try(tree: Path, scratch: Path, switches: Mapping[str, str | None]) -> bool:
     place = Path(tempfile.mkdtemp(prefix="trial.", dir=scratch))
     try:
         upper, work, merged = (place / name for name in ("u", "w", "m"))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import subprocess
@@ -159,6 +160,27 @@ def test_a_reboot_is_made_good_by_mounts(host: Host, kill: bool) -> None:
     with host.again("view") as merged:
         assert (merged / "file").read_text() == "base"
     assert len(host.mounts()) == 2
+
+
+def test_a_mount_that_only_clients_still_have_is_put_back(host: Host) -> None:
+    """With what they wrote, and writable, however they have it. What is mounted over it meanwhile is not taken for
+    it."""
+    two_layers(host)
+    with host.running("active", "top") as merged:
+        (merged / "file").write_text("changed")
+        linux.mount("", str(merged), None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY, None)
+        host.unmount("active")
+        with host.again("active") as again:
+            assert (again / "file").stat() == (merged / "file").stat()
+            (again / "file").write_text("once more")
+            assert (merged / "file").read_text() == "once more"
+        host.unmount("active")
+        linux.mount("tmpfs", str(merged), "tmpfs", 0, None)
+        try:
+            with pytest.raises(Unavailable):
+                host.client.mounts("active")
+        finally:
+            linux.umount2(str(merged))
 
 
 def test_an_unmounted_snapshot_can_be_committed_and_removed(host: Host) -> None:
@@ -348,7 +370,7 @@ def test_a_chain_that_the_daemon_cannot_mount_is_refused(
             mounter.provide(target)
         assert not list(root.mounts.iterdir())
     finally:
-        mounter.close()
+        mounter.close(math.inf)
         lock.release()
 
 

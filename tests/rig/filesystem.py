@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -20,15 +21,15 @@ MAKE = {
 
 
 @contextmanager
-def filesystem(kind: str, directory: Path, size_bytes: int) -> Iterator[Path]:
-    """Where a fresh one is mounted, below `directory`. At the end it is unmounted, with all that is mounted on it,
-    and the image removed. Raises RigError when it cannot be made, or is still in use at the end."""
+def filesystem(kind: str, directory: Path, size_bytes: int, *options: str) -> Iterator[Path]:
+    """Where a fresh one is mounted, below `directory`; `options` are more of its mkfs. At the end it is unmounted, with
+    all that is mounted on it, and the image removed. Raises RigError when it cannot be made, or is still in use."""
     image, mountpoint = directory / f"{kind}.img", directory / kind
     image.touch()
     os.truncate(image, size_bytes)
     mountpoint.mkdir()
     try:
-        make(kind, image)
+        make(kind, image, *options)
         attach(kind, image, mountpoint)
         yield mountpoint
     finally:
@@ -37,9 +38,9 @@ def filesystem(kind: str, directory: Path, size_bytes: int) -> Iterator[Path]:
         image.unlink()
 
 
-def make(kind: str, image: Path) -> None:
-    """A fresh one in an image that has its size."""
-    _run(*MAKE[kind], image)
+def make(kind: str, image: Path, *options: str) -> None:
+    """A fresh one in an image that has its size. `options` are those of its mkfs."""
+    _run(*MAKE[kind], *options, image)
 
 
 def attach(kind: str, image: Path, mountpoint: Path, *options: str) -> None:
@@ -85,6 +86,29 @@ def allocated_bytes(mountpoint: Path) -> int:
     _run("sync", "--file-system", mountpoint)
     found = os.statvfs(mountpoint)
     return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def fill_up(disk: Path, left_bytes: int) -> None:
+    """With a file `filler`, until so much is free for whoever may use everything."""
+    with (disk / "filler").open("wb") as stream:
+        os.sync()
+        for _ in range(20):
+            found = os.statvfs(disk)
+            more = found.f_bfree * found.f_frsize
+            if not more:
+                break
+            size = stream.seek(0, os.SEEK_END)
+            while more:
+                try:
+                    os.posix_fallocate(stream.fileno(), size, more)
+                    break
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    more //= 2
+        size = stream.seek(0, os.SEEK_END)
+        os.truncate(stream.fileno(), max(0, size - left_bytes))
+        os.fsync(stream.fileno())
 
 
 def _loop_device(image: Path) -> str:

@@ -165,6 +165,8 @@ CASES = [
         "commit.after-transaction seal.unmounted seal.copied seal.exchanged seal.moved-work seal.moved-tree seal.done",
         commit, DONE, situation=forgotten_bind, busy=1,
     ),
+    Case("seal.copied=enospc;commit.taking-back=kill", commit, DONE, forgotten_bind, busy=1),
+    Case("seal.copied=enospc;commit.taken-back=kill", commit, BEFORE, forgotten_bind),
     *kill_at("copy.made commit.before-transaction", commit, BEFORE, situation=open_writer),
     *kill_at(
         "copy.committed mount.detached copy.released commit.after-transaction",
@@ -496,26 +498,45 @@ ERROR_CASES = [
     *fail_at("commit.frozen commit.before-transaction", BEFORE),
     *fail_at("commit.before-transaction", BEFORE, situation=forgotten_bind),
     *fail_at("copy.made commit.before-transaction", BEFORE, situation=open_writer),
-    *fail_at("seal.unmounted seal.stripped", DONE),
-    *fail_at("seal.copied seal.exchanged seal.moved-work seal.moved-tree", DONE, situation=forgotten_bind, busy=1),
+    *fail_at("seal.unmounted", BEFORE),
+    *fail_at("seal.unmounted seal.copied", BEFORE, situation=forgotten_bind),
+    *fail_at("seal.stripped", DONE),
+    *fail_at("seal.exchanged", DONE, situation=forgotten_bind, busy=1),
+    Case("seal.copied=error", commit, DONE, forgotten_bind, busy=1),
 ]
 
 
 @pytest.mark.parametrize("case", ERROR_CASES, ids=str)
 def test_an_error_leaves_all_or_nothing(base: Path, case: Case) -> None:
-    """Before the commit point the snapshot goes on as it was; after it, who comes next finishes the layer."""
+    """Before anything of it is changed the snapshot goes on as it was; later, who comes next finishes the layer."""
     contents = set_up(base / "root", "daemon")
     environment = {"DEDUP_FAILPOINTS": case.armed}
     daemon = Daemon(base / "root", base / "s.sock", log=base / "log", environment=environment)
     with daemon, case.situation(base, source(base / "root")):
-        with daemon.channel() as channel, pytest.raises(grpc.RpcError):
+        with daemon.channel() as channel, pytest.raises(grpc.RpcError) as caught:
             commit(snapshots_pb2_grpc.SnapshotsStub(channel))
+        code: Any = caught.value.code()  # type: ignore[attr-defined]
+        assert code is (grpc.StatusCode.RESOURCE_EXHAUSTED if case.after is BEFORE else grpc.StatusCode.UNAVAILABLE)
         if case.after is BEFORE:
             check(base, daemon, BEFORE, contents, 0)
         daemon.environment.clear()
         daemon.restart()
         check(base, daemon, case.after, contents, case.busy)
         retry(daemon, commit)
+
+
+@pytest.mark.parametrize("name", ["seal.moved-work", "seal.moved-tree"])
+def test_an_old_tree_for_which_there_is_no_place_yet_fails_no_commit(base: Path, name: str) -> None:
+    contents = set_up(base / "root", "daemon")
+    daemon = Daemon(
+        base / "root", base / "s.sock", log=base / "log", environment={"DEDUP_FAILPOINTS": f"{name}=enospc"}
+    )
+    with daemon, forgotten_bind(base, source(base / "root")):
+        with daemon.channel() as channel:
+            commit(snapshots_pb2_grpc.SnapshotsStub(channel))
+        daemon.environment.clear()
+        daemon.restart()
+        check(base, daemon, DONE, contents, busy=1)
 
 
 def test_an_error_inside_a_batch_is_answered_and_the_daemon_goes_on(base: Path) -> None:

@@ -40,7 +40,7 @@ from snapshotter.model import Kind
 from snapshotter.root import SHARDS_OF_OBJECTS
 from tests.rig.aliases import Groups, links_of_tree
 from tests.rig.chains import alias_findings, stored
-from tests.rig.filesystem import filesystem
+from tests.rig.filesystem import filesystem, fill_up
 from tests.rig.host import Host, upper_of
 from tests.rig.random_tree import ACL, CAPABILITY, data
 from tests.rig.roots import tear_down
@@ -800,26 +800,3 @@ def test_a_full_disk(base: Path, how: How) -> None:
 
 def last_shared(host: Host) -> str:
     return [line for line in host.daemon.log_text().splitlines() if "commit.shared" in line][-1]
-
-
-def fill_up(disk: Path, left_bytes: int) -> None:
-    """Until so much is free."""
-    with (disk / "filler").open("wb") as stream:
-        os.sync()
-        for _ in range(20):
-            found = os.statvfs(disk)
-            more = found.f_bfree * found.f_frsize
-            if not more:
-                break
-            size = stream.seek(0, os.SEEK_END)
-            while more:
-                try:
-                    os.posix_fallocate(stream.fileno(), size, more)
-                    break
-                except OSError as error:
-                    if error.errno != errno.ENOSPC:
-                        raise
-                    more //= 2
-        size = stream.seek(0, os.SEEK_END)
-        os.truncate(stream.fileno(), max(0, size - left_bytes))
-        os.fsync(stream.fileno())

@@ -7,6 +7,7 @@ version is refused with a line, never with a crash, and never taken for an empty
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
@@ -28,6 +29,7 @@ from snapshotter.api import snapshots_pb2 as pb
 from snapshotter.api import snapshots_pb2_grpc
 from snapshotter.errors import FailedPrecondition, Internal, ResourceExhausted, SnapshotterError, Unavailable
 from snapshotter.meta import schema
+from snapshotter.meta.reserve import ENOUGH_BYTES
 from snapshotter.meta.store import Store, Tx
 from tests.rig.daemon import Daemon
 from tests.rig.namespace import CHECKOUT
@@ -85,10 +87,10 @@ def writer_held(store: Store) -> Iterator[ThreadPoolExecutor]:
             release.set()
 
 
-def submit(store: Store, pool: ThreadPoolExecutor, act: Callable[[Tx], Any]) -> Future[Any]:
+def submit(store: Store, pool: ThreadPoolExecutor, act: Callable[[Tx], Any], frees_space: bool = False) -> Future[Any]:
     """Returns once the act waits for the writer."""
     waiting = len(store._waiting)
-    future = pool.submit(store.write, act)
+    future = pool.submit(store.write, act, frees_space)
     while len(store._waiting) == waiting and not future.done():
         os.sched_yield()
     return future
@@ -445,18 +447,18 @@ def full_store(base: Path) -> Iterator[tuple[Store, Path]]:
     """A store on a small filesystem of its own, and a file there without which there is space."""
     small = base / "small"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small], check=True)
     try:
         with closing(opened_at(small)) as store:
             store.write(put("before", "kept"))
-            (small / "filler").write_bytes(bytes(1 << 20))
+            (small / "filler").write_bytes(bytes(4 << 20))
             yield store, small / "filler"
     finally:
         subprocess.run(["umount", small], check=True)
 
 
 def write_until_full(store: Store) -> None:
-    for number in range(100):
+    for number in range(200):
         store.write(put(f"large{number}", "x" * 100_000))
 
 
@@ -475,6 +477,113 @@ def test_a_full_disk_loses_nothing_and_passes(full_store: tuple[Store, Path]) ->
 def test_a_full_disk_is_called_that(full_store: tuple[Store, Path]) -> None:
     with pytest.raises(ResourceExhausted):
         write_until_full(full_store[0])
+
+
+def remove(key: str) -> Callable[[Tx], None]:
+    return lambda tx: tx.raw.delete(key.encode(), db=tx.store) and None
+
+
+@pytest.mark.root
+def test_what_frees_space_does_not_fail_for_others(full_store: tuple[Store, Path]) -> None:
+    """In one batch with what finds no space, of which some would have fitted."""
+    store, _ = full_store
+    with writer_held(store) as pool:
+        grow = [submit(store, pool, put(f"{number}", "x" * 1_000_000)) for number in range(20)]
+        shrink = submit(store, pool, remove("before"), frees_space=True)
+    shrink.result()
+    assert get(store, "before") is None
+    refused = [future.exception() is not None for future in grow]
+    assert {True, False} == set(refused)
+    for number, future in enumerate(grow):
+        assert isinstance(future.exception(), ResourceExhausted | None)
+        assert (get(store, f"{number}") is None) == refused[number]
+
+
+@pytest.mark.root
+def test_what_frees_space_has_the_last_of_it(full_store: tuple[Store, Path]) -> None:
+    """Even where no page can be used again, since somebody still reads."""
+    store, _ = full_store
+    with store.read():
+        with pytest.raises(ResourceExhausted):
+            for number in range(10_000):
+                store.write(put(f"{number}", "x" * 1000))
+        for number in range(20):
+            store.write(remove(f"{number}"), frees_space=True)
+    assert get(store, "19") is None
+    assert get(store, "20") is not None
+
+
+@pytest.mark.root
+def test_holes_are_filled(base: Path) -> None:
+    """A backup may come back with some: where they are nothing could be written once the disk is full."""
+    with closing(opened_at(base)) as store:
+        for number in range(100):
+            store.write(put(f"{number}", "\0" * 100_000))
+    data, copy = base / "metadata/data.mdb", base / "copy"
+    subprocess.run(["cp", "--sparse=always", data, copy], check=True)
+    copy.rename(data)
+    assert data.stat().st_blocks * 512 < data.stat().st_size
+    with closing(opened_at(base)) as store:
+        store.write(put("after"))
+    assert data.stat().st_blocks * 512 >= data.stat().st_size + ENOUGH_BYTES
+
+
+def break_meta_page() -> None:
+    """From now on writing a meta page fails, as on a full filesystem that writes nothing in place. LMDB has a
+    descriptor of its own for that, which writes through."""
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            leads_to = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:  # of the listing itself
+            continue
+        if leads_to.endswith("/metadata/data.mdb") and fcntl.fcntl(int(entry), fcntl.F_GETFL) & os.O_DSYNC:
+            full = os.open("/dev/full", os.O_RDWR)
+            os.dup2(full, int(entry), inheritable=False)
+            os.close(full)
+            return
+    raise AssertionError("LMDB has no such descriptor")
+
+
+def test_a_failed_write_of_a_meta_page_fails_one_act_only(store: Store) -> None:
+    store.write(put("before", "kept"))
+    break_meta_page()
+    with pytest.raises(ResourceExhausted):
+        store.write(put("lost", "x"))
+    assert (get(store, "before"), get(store, "lost")) == ("kept", None)
+    store.write(put("after", "works"))
+    assert get(store, "after") == "works"
+
+
+def test_readers_live_through_a_failed_write_of_a_meta_page(store: Store) -> None:
+    """Those who read go on with their view, and the writer waits for them; new ones wait for it."""
+    store.write(put("before", "kept"))
+    with ThreadPoolExecutor(4) as pool:
+        with store.read() as tx:
+            break_meta_page()
+            failing = pool.submit(store.write, put("lost", "x"))
+            while not has_panicked(store):
+                os.sched_yield()
+            waiting = pool.submit(get, store, "before")
+            assert tx.raw.get(b"before", db=tx.store) == b"kept"
+            assert not failing.done()
+        assert waiting.result(10) == "kept"
+        with pytest.raises(ResourceExhausted):
+            failing.result(10)
+
+
+def has_panicked(store: Store) -> bool:
+    try:
+        store._env.begin().abort()
+    except lmdb.PanicError:
+        return True
+    return False
+
+
+@pytest.mark.usefixtures("store")
+def test_nothing_of_the_table_of_readers_is_on_the_disk(base: Path) -> None:
+    """It is written through a map, where lack of space ends the process."""
+    assert os.listdir(base / "metadata") == ["data.mdb"]
+    assert not list(Path("/dev/shm").glob("dedup-snapshotter-*"))
 
 
 def test_a_store_that_cannot_be_opened_can_be_tried_again(base: Path) -> None:
