@@ -163,7 +163,7 @@ class FinishSwaps:
         tree, plan = bench.root.fs(self.snapshot), read_plan(seal)
         mtimes_ns = plan.mtimes_ns if plan else bench.workers.call(layer.finish, tree, bench.names).mtimes_ns
         bench.workers.call(files.finish_swaps, tree, stages)
-        bench.workers.call(settle, tree, mtimes_ns, True, False)
+        bench.workers.call(settle, tree, mtimes_ns, True, True)
         for swapping in [path for stage in stages for path in stage.glob("swapping-*")]:
             if swapping.stat().st_nlink > 1:  # what counts in the link count of a file of the layer
                 swapping.unlink()
@@ -366,7 +366,7 @@ class Strip:
         return f"remove attributes of a dead mount from snapshots/{self.snapshot}/fs"
 
     def apply(self, bench: Bench) -> None:
-        bench.workers.call(layer.strip, bench.root.fs(self.snapshot), bench.names)
+        bench.workers.call(layer.strip, bench.root.fs(self.snapshot), bench.names, True)
 
 
 @dataclass(frozen=True, slots=True)

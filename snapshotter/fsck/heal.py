@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol
 from snapshotter.content.files import File
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import locator_of_file
+from snapshotter.content.objects import is_unsynced
 from snapshotter.content.stubs import DIGEST
-from snapshotter.fsck.objects import SHARD_CHARS, is_named, is_stub_ref
+from snapshotter.fsck.objects import SHARD_CHARS, is_named, is_stub_ref, mark_of
 from snapshotter.root import Root
 from snapshotter.walker import OPEN_DIRECTORY, walk
 
@@ -124,8 +125,10 @@ def _try(candidate: Path, place: Path, lost: Lost, root: Root) -> bool:
 def _template(source: int, digest: bytes, lost: Lost, root: Root) -> File | None:
     """The metadata that the object gets, if the content is the one."""
     if is_stub_ref(lost.ref):
-        file = _file(source, digest)
-        return file._replace(attributes={DIGEST: digest}) if is_named(lost.ref, digest) else None
+        # Of an object that nobody had synced only its mark says what was in it (content.objects).
+        mark = mark_of(os.fsencode(lost.path(root)))
+        is_it = mark == digest if is_unsynced(lost.ref) else is_named(lost.ref, digest)
+        return _file(source, digest)._replace(attributes={DIGEST: digest}) if is_it else None
     damaged: list[int] = []
     with suppress(OSError):
         damaged.append(os.open(lost.path(root), _OPEN))

@@ -514,7 +514,7 @@ DAMAGES = [
     Damage("database-unreadable", overwrite_metadata, also=("database-damaged",), repaired=False, starts=False),
     Damage("record-damaged", spoil_record, spoils=("other",), lost=1),
     Damage("record-lost", lose_record, spoils=("other",), lost=1),
-    Damage("name-twice", name_twice, repaired=False, spoils=("last", "other")),
+    Damage("name-twice", name_twice, repaired=False, starts=False),
     Damage("key-index", lose_name),
     Damage("key-index", swap_names),
     Damage("child-index", lose_child),
@@ -601,7 +601,7 @@ def test_a_store_of_the_schema_before_is_clean(stubs: Store) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["stub", "hardlink"])
-def test_objects_that_nobody_synced_are_no_finding(base: Path, strategy: str) -> None:
+def test_objects_that_nobody_synced_are_no_finding_and_are_made_anew(base: Path, strategy: str) -> None:
     """Their names do not tell their contents; the mark of a stub's does."""
     with Host(base, dedup={"strategy": strategy}, durability="none") as host:
         host.unpack("base", fill=fill_base)
@@ -609,8 +609,12 @@ def test_objects_that_nobody_synced_are_no_finding(base: Path, strategy: str) ->
     store = Store(base, strategy, {})
     assert store.check(verify_content=True) == []
     if strategy == "stub":
-        store.object_of("other", "own").write_bytes(b"spoiled")
-        assert ids(store.check(verify_content=True)) == {"object-content"}
+        damage_file(store.object_of("other", "own"))
+        write(base / "root/snapshots/999/fs/equal", 8)
+        found, _, left = store.repair(verify_content=True)
+        assert ids(found) == {"object-content", "left-behind"}
+        assert ids(left) == {"left-behind"}
+        assert store.object_of("other", "own").read_bytes() == data(8, 5000)
 
 
 def test_a_store_of_a_newer_version_is_refused(stubs: Store) -> None:
