@@ -8,6 +8,7 @@ discovered, half changed, while it is served.
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,16 @@ def _version(environment: Any, txn: Any) -> int:
 def _read_databases(environment: Any, txn: Any, version: int) -> None:
     """Raises one of _NOT_AS_PACKED."""
     entries = {name: dict(_entries(environment, txn, name, version)) for name in schema.DATABASES}
-    names = {}
+    names = defaultdict[bytes, set[bytes]](set)
     for raw_id, raw in entries["snapshots"].items():
         record = schema.decode_record(schema.decode_id(raw_id), raw)
-        names[schema.key_digest(record.name)] = raw_id
+        names[schema.key_digest(record.name)].add(raw_id)
         if record.parent_id is not None:
             entries["chains"][schema.encode_id(record.parent_id)]
     for raw_id, raw in entries["sealing"].items():
-        names[schema.key_digest(schema.decode_record(schema.decode_id(raw_id), raw).name)] = raw_id
-    if names != entries["keys"]:
+        names[schema.key_digest(schema.decode_record(schema.decode_id(raw_id), raw).name)].add(raw_id)
+    # Of two snapshots with one name, which should not be, one can be reached, and removed.
+    if names.keys() != entries["keys"].keys() or any(entries["keys"][name] not in ids for name, ids in names.items()):
         raise ValueError("keys and snapshots disagree")
     for raw in entries["chains"].values():
         schema.decode_chain(raw)
