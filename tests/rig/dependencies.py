@@ -6,24 +6,21 @@ there is no npm, the modules come from Debian packages.
     .cache/trees/<digest of what was asked for>/
         bin/ pygments/ …        what pip installed
         node_modules/           what npm installed
-
-The directory appears by one rename, when it is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.rig.cache import kept
 from tests.rig.namespace import RigError
-from tests.rig.packages import CACHE, packages
+from tests.rig.packages import packages
 
 PIP = ("markdown-it-py", "packaging", "pygments", "rich")
 """Without compiled code, and installed here already, by which version is settled."""
@@ -47,16 +44,7 @@ def npm_tree() -> Path:
 
 
 def _tree(kind: str, fill: Callable[[Path], None], wanted: Sequence[str]) -> Path:
-    identity = "\n".join([kind, sys.version, *wanted])
-    directory = CACHE / "trees" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    if not directory.is_dir():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix="partial-") as partial:
-            target = Path(partial, "complete")
-            target.mkdir()
-            fill(target)
-            target.rename(directory)
-    return directory
+    return kept("trees", [kind, sys.version, *wanted], fill)
 
 
 def _unpack_node_packages(directory: Path) -> None:

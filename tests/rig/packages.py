@@ -4,25 +4,20 @@ A set of packages is resolved against an empty system, so that the result holds 
 programs need, whatever is installed here.
 
     .cache/packages/<digest of the names, release and architecture>/*.deb
-
-The directory appears by one rename, when it is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.rig.namespace import CHECKOUT, RigError
-
-CACHE = CHECKOUT / ".cache"
+from tests.rig.cache import kept
+from tests.rig.namespace import RigError
 
 TOOLS = ("attr", "coreutils", "findutils", "libcap2-bin")
 """Resolved with the libraries that they need."""
@@ -34,16 +29,7 @@ def packages(tools: Sequence[str] = TOOLS, alone: Sequence[str] = ALONE) -> list
     """The .deb files, downloaded unless they are in the cache. Raises RigError in one line."""
     release = platform.freedesktop_os_release()
     identity = [platform.machine(), release["ID"], release.get("VERSION_ID", ""), *tools, *alone]
-    directory = CACHE / "packages" / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    if not directory.is_dir():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix="partial-") as partial:
-            _download(Path(partial), tools, alone)
-            target = Path(partial, "complete")
-            target.mkdir()
-            for deb in Path(partial).glob("*.deb"):
-                deb.rename(target / deb.name)
-            target.rename(directory)
+    directory = kept("packages", identity, lambda place: _download(place, tools, alone))
     return sorted(directory.glob("*.deb"))
 
 
