@@ -285,6 +285,7 @@ def set_up(root: Path, mode: str) -> dict[str, Tree]:
                 write(top)
                 contents[key] = read(top)
         assert contents["active"] != contents["other"] == contents["looked"]
+        engine.cleanup().result(30)  # or the daemon's own first deletion might be the one that kills it
         return {**contents, "committed": contents["active"], "base": contents["looked"]}
     finally:
         engine.close()
