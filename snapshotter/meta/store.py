@@ -152,7 +152,9 @@ class Store:
                 try:
                     txn = self._env.begin()
                 except lmdb.PanicError:
-                    self._gate.wait()  # for the writer, which has met it and opens the environment again
+                    # The writer has met it, too, and opens the environment again.
+                    with waiting_for(lambda: [self._writer.native_id or 0]):
+                        self._gate.wait()
             self._readers += 1
         try:
             with txn:
@@ -181,7 +183,8 @@ class Store:
     def copy(self, directory: Path) -> None:
         """Writes a consistent copy of the file into an empty directory. Raises Internal, ResourceExhausted."""
         try:
-            self._env.copy(str(directory))
+            with self._begin_reading():  # so that nobody opens the environment again meanwhile
+                self._env.copy(str(directory))
         except lmdb.Error as error:
             raise self._error("copying the metadata", error) from error
 
