@@ -271,6 +271,12 @@ def _add_other(commands: Any) -> None:
     _complete(root, _DIRECTORY)
     parser.add_argument("--repair", action="store_true", help="repair what can be repaired safely; needs --root")
     parser.add_argument("--verify-content", action="store_true", help="read all objects, and compare their hashes")
+    content = parser.add_argument(
+        "--from-content", metavar="DIR",
+        help="with --repair: take lost contents out of the layer blobs in containerd's content store, usually"
+        " /var/lib/containerd/io.containerd.content.v1.content",
+    )  # fmt: skip
+    _complete(content, _DIRECTORY)
     parser.add_argument("--dry-run", action="store_true", help="only say what --repair would do")
     _add_command(commands, "info", "show what the daemon is and serves")
     parser = _add_command(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,6 +44,8 @@ def status_of(error: Exception) -> int:
 def run(args: Namespace, out: Output) -> int:
     if args.root is None and (args.repair or args.dry_run):
         raise errors.InvalidArgument("repair needs the root itself: stop the daemon, and name it with --root DIR")
+    if args.from_content is not None and not (args.repair or args.dry_run):
+        raise errors.InvalidArgument("--from-content DIR says where --repair may find contents: give both")
     report = _Report(out, plans=args.dry_run)
     if args.root is None:
         _online(args, report)
@@ -67,11 +70,16 @@ def _online(args: Namespace, report: _Report) -> None:
 
 
 def _offline(args: Namespace, report: _Report) -> None:
-    from snapshotter.fsck import offline
+    from snapshotter.fsck import blobs, offline
     from snapshotter.fsck.findings import Finding
     from snapshotter.fsck.runner import Check
 
-    with offline.opened(Path(args.root).absolute()) as subject:
+    with ExitStack() as stack:
+        subject = stack.enter_context(offline.opened(Path(args.root).absolute()))
+        sources = []
+        if args.from_content is not None:
+            directory = Path(args.from_content).absolute()
+            sources.append(stack.enter_context(blobs.opened(directory, subject.root, subject.workers)))
         check, findings = Check(subject, args.verify_content), []
         try:
             for event in check.events():
@@ -83,7 +91,7 @@ def _offline(args: Namespace, report: _Report) -> None:
             for step in steps:
                 report.found(_row(step))
             if args.repair and not args.dry_run:
-                report.repaired(offline.repair(check, steps))
+                report.repaired(offline.repair(check, steps, sources))
         except OSError as error:
             raise errors.from_os_error(f"checking {args.root}", error) from error
 

@@ -14,7 +14,7 @@ import re
 import stat
 import struct
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from blake3 import blake3
@@ -109,10 +109,15 @@ def _matches(path: list[str], glob: list[str]) -> bool:
 def locator_of_file(file: File) -> Locator:
     """The whole hash of all that has to be equal."""
     status = file.status
-    hashed = blake3(file.digest)
     numbers = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size
+    return locator_of(file.digest, numbers, file.attributes)
+
+
+def locator_of(digest: bytes, numbers: Iterable[int], attributes: Mapping[str, bytes]) -> Locator:
+    """Of a file that may be elsewhere. `numbers`: mode without the type, owner, group, mtime in ns, size in bytes."""
+    hashed = blake3(digest)
     hashed.update(" ".join(map(str, numbers)).encode() + b"\0")
-    for key, value in sorted(file.attributes.items()):
+    for key, value in sorted(attributes.items()):
         for part in (key.encode(errors="surrogateescape"), value):
             hashed.update(_TEXT.pack(len(part)))
             hashed.update(part)

@@ -110,7 +110,8 @@ KINDS: dict[str, Kind] = {
     # objects and references
     "object-content": Kind(
         "the content of an object is not what its hash says: every file that uses it reads wrong",
-        "makes it anew from an equal file elsewhere in the root; the damaged one goes to lost+found",
+        "makes it anew from an equal file elsewhere in the root, or in a layer blob (`--from-content`); the damaged "
+        "one goes to lost+found",
     ),
     "object-mark": Kind(
         "an object does not carry the hash that its name begins with, so nothing more can be shared with it",
@@ -118,7 +119,7 @@ KINDS: dict[str, Kind] = {
     ),
     "object-missing": Kind(
         "the object of a file is gone: reading the file fails",
-        "makes it anew from an equal file elsewhere in the root",
+        "makes it anew from an equal file elsewhere in the root, or in a layer blob (`--from-content`)",
     ),
     "object-unlinked": Kind(
         "an object that a layer uses has lost its name in the store: reading the file fails", "gives it its name back"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from snapshotter.content.files import File
 from snapshotter.content.hashing import Hasher
@@ -18,6 +18,7 @@ from snapshotter.content.links import locator_of_file
 from snapshotter.content.objects import is_unsynced
 from snapshotter.content.stubs import DIGEST
 from snapshotter.fsck.objects import SHARD_CHARS, is_named, is_stub_ref, mark_of
+from snapshotter.meta.schema import Record
 from snapshotter.root import Root
 from snapshotter.walker import OPEN_DIRECTORY, walk
 
@@ -36,19 +37,25 @@ class Lost(NamedTuple):
         return root.objects / self.ref[:SHARD_CHARS] / self.ref[SHARD_CHARS:]
 
 
-class Source(Protocol):
+class Source:
     """Where contents may be found: the root itself, or the archives of images."""
 
+    def expect(self, users: Mapping[Lost, Sequence[Record]]) -> None:
+        """What may be asked for next, and by which layers it is used: some find many at once."""
+
     def candidates(self, lost: Lost) -> Iterator[Path]:
-        """Files that may hold the object's content, likeliest first."""
-        ...
+        """Files that may hold the object's content, likeliest first. Raises OSError."""
+        raise NotImplementedError
+
+    def why_not(self, lost: Lost) -> str | None:
+        """After `candidates`, for a person: why there were none; None if there is nothing to say."""
 
 
 class NoSource(OSError):
     """No source has the content."""
 
 
-class OwnFiles:
+class OwnFiles(Source):
     """The files of the root: instances of the object, and files of layers that are as long."""
 
     def __init__(self, root: Root) -> None:
@@ -88,7 +95,8 @@ def made_anew(root: Root, lost: Lost, sources: Sequence[Source]) -> Iterator[Pat
     place.unlink(missing_ok=True)
     try:
         if not any(_try(candidate, place, lost, root) for source in sources for candidate in source.candidates(lost)):
-            raise NoSource(f"no file with the content of object {lost.ref} was found")
+            reasons = filter(None, (source.why_not(lost) for source in sources))
+            raise NoSource("; ".join([f"no file with the content of object {lost.ref} was found", *reasons]))
         yield place
     finally:
         place.unlink(missing_ok=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from snapshotter.durable import remove_tree
 from snapshotter.errors import FailedPrecondition, NotFound
 from snapshotter.fsck import database, places
 from snapshotter.fsck.findings import Finding, Progress
-from snapshotter.fsck.fixes import Bench
-from snapshotter.fsck.heal import OwnFiles, Source
+from snapshotter.fsck.fixes import Bench, Rebuild
+from snapshotter.fsck.heal import Lost, OwnFiles, Source
+from snapshotter.fsck.image import Image
 from snapshotter.fsck.lost import LostAndFound
 from snapshotter.fsck.repair import Done, Step, carry_out, plan
 from snapshotter.fsck.runner import Check, Subject
+from snapshotter.meta.schema import Record
 from snapshotter.overlay.attributes import TRUSTED
 from snapshotter.root import Root, RootLock
 from snapshotter.workers.pool import Workers
@@ -58,7 +61,8 @@ def steps_for(check: Check, findings: Sequence[Finding]) -> list[Step]:
 def repair(check: Check, steps: Sequence[Step], sources: Sequence[Source] = ()) -> Iterator[Done | Finding | Progress]:
     """Does what the steps say, checks again, and so on until nothing can be done any more: what was done, then what is
     left. `sources`: where contents may be found, beside the root itself. Raises what a check raises."""
-    subject = check.subject
+    subject, image = check.subject, check.image
+    _clear_spool(subject.root)
     bench = Bench(
         subject.root,
         LostAndFound(subject.root.path),
@@ -70,7 +74,11 @@ def repair(check: Check, steps: Sequence[Step], sources: Sequence[Source] = ()) 
     failed: set[Finding] = set()
     for _ in range(ROUNDS):
         any_done = False
-        for done in carry_out([step for step in steps if step.finding not in failed], bench):
+        steps = [step for step in steps if step.finding not in failed]
+        users = _users_of_lost(steps, image) if image else {}
+        for source in bench.sources:
+            source.expect(users)
+        for done in carry_out(steps, bench):
             yield done
             any_done = any_done or not done.failure
             if done.failure:
@@ -83,5 +91,21 @@ def repair(check: Check, steps: Sequence[Step], sources: Sequence[Source] = ()) 
                 findings.append(event)
             else:
                 yield event
-        steps = steps_for(again, findings)
+        steps, image = steps_for(again, findings), again.image
     yield from findings
+
+
+def _clear_spool(root: Root) -> None:
+    """Of what a repair left there that was killed when all was done but this."""
+    for entry in root.spool.glob("fsck.*"):
+        remove_tree(root.spool, entry.name, lambda: False)
+
+
+def _users_of_lost(steps: Iterable[Step], image: Image) -> dict[Lost, list[Record]]:
+    """Of the objects that are to be made anew: the layers that use them."""
+    fixes = [step.finding.fix for step in steps if not step.obstacle]
+    return {
+        fix.lost: [image.records[snapshot_id] for snapshot_id in sorted(fix.touches)]
+        for fix in fixes
+        if isinstance(fix, Rebuild)
+    }

@@ -77,16 +77,16 @@ class References:
             what = [] if is_missing else [self._stored.damaged[ref]]
             users = paths.get(ref, ())
             what.append(f"used by {'; '.join(users)}" if users else "used by no layer")
-            size_bytes = self._size_of_missing(ref) if is_missing else self._stored.inodes[ref][1].size_bytes
-            fix = Rebuild(Lost(ref, size_bytes), self.holders(ref))
+            fix = Rebuild(Lost(ref, self._size_of(ref)), self.holders(ref))
             kind = "object-missing" if is_missing else "object-content"
             yield Finding(kind, _store_path(ref), "; ".join(what), fix=fix)
 
-    def _size_of_missing(self, ref: str) -> int | None:
+    def _size_of(self, ref: str) -> int | None:
+        """Of the content. A damaged object may have been cut; its stubs have the size that it had."""
         for scanned in self._layers.values():
             if ref in scanned.stubs:
                 return scanned.stubs[ref][1]
-        return None
+        return self._stored.inodes[ref][1].size_bytes if ref in self._stored.inodes else None
 
     def _marks(self) -> Iterator[Finding]:
         for ref, what in self._stored.unmarked.items():

@@ -383,6 +383,10 @@ def spoil_object(store: Store) -> None:
     damage_file(store.object_of("other", "own"))
 
 
+def cut_object(store: Store) -> None:
+    os.truncate(store.object_of("other", "own"), 0)
+
+
 def lose_mark(store: Store) -> None:
     os.removexattr(store.object_of("other", "own"), DIGEST)
 
@@ -536,6 +540,7 @@ DAMAGES = [
     Damage("stray", leave_stray),
     Damage("object-content", spoil_object, verify=True, lost=1),
     Damage("object-content", spoil_object, verify=True, lost=1, strategy="hardlink"),
+    Damage("object-content", cut_object, verify=True, lost=1),
     Damage("object-mark", lose_mark),
     Damage("object-mark", change_mark),
     Damage("object-missing", lose_object),

@@ -14,6 +14,7 @@ A second image of the same packages at other times: Recipe("…", shift_ns=5_000
 from __future__ import annotations
 
 import enum
+import gzip
 import hashlib
 import io
 import json
@@ -22,6 +23,8 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from backports import zstd
 
 from tests.rig import packages
 
@@ -33,6 +36,14 @@ EPOCH_NS = 1_700_000_000_000_000_000
 
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
+
+
+class Packing(enum.Enum):
+    """How the blob of a layer is compressed. The values are what its media type ends with."""
+
+    PLAIN = ""
+    GZIP = "+gzip"
+    ZSTD = "+zstd"
 
 
 class EntryKind(enum.Enum):
@@ -102,6 +113,14 @@ def build_image(recipe: Recipe, archive: Path) -> Image:
     diff_ids = tuple(_digest(blob) for blob in blobs)
     _write_archive(archive, recipe.reference, [layer.comment for layer in layers], blobs)
     return Image(recipe.reference, archive, tuple(layers), diff_ids)
+
+
+def build_packed(reference: str, layers: Sequence[Layer], packings: Sequence[Packing], archive: Path) -> Image:
+    """Writes the OCI archive of an image of just these layers, each packed in a way of its own."""
+    layers = with_parents(layers)
+    blobs = [_layer_tar(layer) for layer in layers]
+    _write_archive(archive, reference, [layer.comment for layer in layers], blobs, packings)
+    return Image(reference, archive, tuple(layers), tuple(_digest(blob) for blob in blobs))
 
 
 def write_with_layer(image: Image, reference: str, layer_tar: bytes, archive: Path) -> None:
@@ -345,7 +364,19 @@ def _digest(blob: bytes) -> str:
     return "sha256:" + hashlib.sha256(blob).hexdigest()
 
 
-def _write_archive(path: Path, reference: str, comments: Sequence[str], layers: Sequence[bytes]) -> None:
+def pack(tar: bytes, packing: Packing) -> bytes:
+    """The blob of a layer."""
+    if packing is Packing.GZIP:
+        return gzip.compress(tar, 1, mtime=0)
+    return zstd.compress(tar, 1) if packing is Packing.ZSTD else tar
+
+
+def _write_archive(
+    path: Path, reference: str, comments: Sequence[str], layers: Sequence[bytes], packings: Sequence[Packing] = ()
+) -> None:
+    """`packings`: one a layer; without them, layers stay as they are."""
+    hows = packings or [Packing.PLAIN] * len(layers)
+    packed = [(pack(layer, how), how) for layer, how in zip(layers, hows, strict=True)]
     config = _json(
         {
             "architecture": ARCHITECTURE,
@@ -360,7 +391,7 @@ def _write_archive(path: Path, reference: str, comments: Sequence[str], layers: 
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": _descriptor("application/vnd.oci.image.config.v1+json", config),
-            "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar", layer) for layer in layers],
+            "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar" + how.value, blob) for blob, how in packed],
         }
     )
     names = {
@@ -370,7 +401,7 @@ def _write_archive(path: Path, reference: str, comments: Sequence[str], layers: 
     }
     entry = {**_descriptor("application/vnd.oci.image.manifest.v1+json", manifest), "annotations": names}
     files = {"oci-layout": _json({"imageLayoutVersion": "1.0.0"})}
-    for blob in [config, manifest, *layers]:
+    for blob in [config, manifest, *(blob for blob, _ in packed)]:
         files["blobs/" + _digest(blob).replace(":", "/")] = blob
     files["index.json"] = _json({"schemaVersion": 2, "manifests": [entry]})
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
