@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -287,20 +287,33 @@ class Rebuild:
         return f"make object {self.lost.ref} anew from an equal file"
 
     def apply(self, bench: Bench) -> None:
-        root, ref, stored = bench.root, self.lost.ref, self.lost.path(bench.root)
-        with made_anew(root, self.lost, bench.sources) as made:
+        root, stored = bench.root, self.lost.path(bench.root)
+        begun = self._begun(root)
+        with nullcontext(begun) if begun else made_anew(root, self.lost, bench.sources) as made:
             old = stored.lstat().st_ino if stored.exists() else None
             if old is not None:
                 bench.lost.keep(stored, "its content was not what its name says")
-            for snapshot_id in sorted(self.touches):
-                for path in _paths_of(root, snapshot_id, old):
-                    _put(made, path, root)
-                held = root.refs(snapshot_id) / ref
+            for snapshot_id in sorted(self.touches):  # first: by these a repetition finds what was made
+                held = root.refs(snapshot_id) / self.lost.ref
                 held.parent.mkdir(mode=0o700, exist_ok=True)
                 if held.exists() and held.stat().st_ino not in (old, made.stat().st_ino):
                     bench.lost.keep(held, f"snapshot {snapshot_id} held it in the place of an object")
                 _put(made, held, root)
+            for snapshot_id in sorted(self.touches):
+                for path in _paths_of(root, snapshot_id, old):
+                    _put(made, path, root)
             _put(made, stored, root)  # last: until then a repetition finds it damaged
+
+    def _begun(self, root: Root) -> Path | None:
+        """What a repair made that was killed: the names of a file that it did not come to go to the same inode."""
+        stored = self.lost.path(root)
+        for snapshot_id in sorted(self.touches):
+            held = root.refs(snapshot_id) / self.lost.ref
+            if held.exists() and not (stored.exists() and held.samefile(stored)) and _is_right(held, self.lost.ref):
+                with held.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                return held
+        return None
 
 
 def _paths_of(root: Root, snapshot_id: SnapshotId, inode: int | None) -> list[Path]:

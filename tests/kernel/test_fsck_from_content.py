@@ -227,20 +227,29 @@ def test_a_label_leads_to_the_archive_of_a_snapshot_of_another_name(stubs: Store
     assert_whole(stubs)
 
 
-def test_a_repair_that_is_killed_when_it_has_read_the_archives_is_finished_by_the_next(
-    stubs: Store, prepared: Prepared
+@pytest.mark.parametrize(("strategy", "step"), [("stub", 1), ("hardlink", 7)])
+def test_a_repair_that_is_killed_is_finished_by_the_next(
+    base: Path, prepared: Prepared, strategy: str, step: int
 ) -> None:
-    damage_file(stubs.object_of(name_of(prepared.image, 0), "dir/two"))
-    assert repair(stubs, failpoints="fsck.step=kill@1")[0] == -signal.SIGKILL
-    assert list((stubs.root / "spool/fsck.blobs").glob("*/*"))
-    status, said = repair(stubs)
+    """When it has read the archives; and when one of two names of a file is replaced."""
+    store = prepared.copy(base, strategy)
+    lower = name_of(prepared.image, 0)
+    damage_file(store.object_of(lower, "dir/two"))
+    assert repair(store, failpoints=f"fsck.step=kill@{step}")[0] == -signal.SIGKILL
+    assert list((store.root / "spool/fsck.blobs").glob("*/*"))
+    if strategy == "hardlink":
+        assert not (store.tree(lower) / "dir/two").samefile(store.tree(lower) / "dir/also two")
+    status, said = repair(store)
     assert status == CORRECTED, said
-    assert_whole(stubs)
+    assert_whole(store)
 
 
 @pytest.mark.nightly
 def test_a_repair_that_is_killed_anywhere_is_finished_by_the_next(store: Store, prepared: Prepared) -> None:
-    """At each of its steps, one after the other on the same store."""
+    """At each of its steps, one after the other on the same store. A kill right after a name was replaced leaves its
+    directory another time."""
+    directory = store.tree(name_of(prepared.image, 0)) / "dir"
+    status_before = directory.stat()
     damage_file(store.object_of(name_of(prepared.image, 0), "dir/two"))
     for step in itertools.count(1):
         status, said = repair(store, failpoints=f"fsck.step=kill@{step}")
@@ -248,6 +257,8 @@ def test_a_repair_that_is_killed_anywhere_is_finished_by_the_next(store: Store, 
             break
     assert step > 2
     assert status in (0, CORRECTED), said
+    assert (directory / "two").samefile(directory / "also two")
+    os.utime(directory, ns=(status_before.st_atime_ns, status_before.st_mtime_ns))
     assert_whole(store)
 
 
