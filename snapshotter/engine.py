@@ -26,6 +26,7 @@ import structlog
 
 from snapshotter import failpoint, features, mountinfo
 from snapshotter.claims import Busy, Claims
+from snapshotter.commits import STOPPING, Commits
 from snapshotter.config import STRIP, DedupConfig, MountConfig, OverlayConfig
 from snapshotter.content.objects import collect_unused
 from snapshotter.content.share import Rules
@@ -34,8 +35,6 @@ from snapshotter.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
-    SnapshotterError,
     Unavailable,
     from_os_error,
     quote,
@@ -46,21 +45,21 @@ from snapshotter.fsck.database import Raw
 from snapshotter.fsck.findings import Finding, Progress
 from snapshotter.fsck.runner import Check
 from snapshotter.fsck.runner import Subject as ToCheck
-from snapshotter.gc import Trash
+from snapshotter.gc import Trash, attempt
 from snapshotter.ids import Ids
 from snapshotter.meta import snapshots
 from snapshotter.meta.check import check
 from snapshotter.meta.schema import SCHEMA_VERSION, Record
-from snapshotter.meta.snapshots import Layer, StillSealing
+from snapshotter.meta.snapshots import StillSealing
 from snapshotter.meta.store import Store, Tx
 from snapshotter.model import MAX_KEY_BYTES, Commitment, Creation, Freed, Info, Kind, Mount, SnapshotId, Space, Usage
 from snapshotter.mounts import Target
 from snapshotter.mounts.mounter import Mounter
 from snapshotter.overlay.attributes import Names, copy_attributes
 from snapshotter.overlay.trial import trial_switches
-from snapshotter.progress import join_until, waiting_for
+from snapshotter.progress import waiting_for
 from snapshotter.root import Root
-from snapshotter.seal import NotBegun, Sealer
+from snapshotter.seal import Sealer
 from snapshotter.sharing import Sharing
 from snapshotter.space import Accountant, Subject
 from snapshotter.usage import UsageCache, scan
@@ -73,7 +72,6 @@ T = TypeVar("T")
 
 _SWEEP = SnapshotId(0)
 """What a sweep claims among sweeps."""
-_STOPPING = "the daemon is stopping; call again when it runs"
 _CLOCK_NS = 20_000_000
 """How far the time of a change may be behind the clock (two ticks of 100 Hz: the kernel's coarse clock)."""
 
@@ -158,12 +156,14 @@ class Engine:
             self._workers,
             self._stop.is_set,
         )
+        self._commits = Commits(
+            root, self._store, self._claims, self._mounter, self._sealer, self._trash, self._check_running
+        )
         self._mounter.adopt({record.id: record.kind for record in records})
         self._sweep()
         half_done = [record.id for record in records if record.sealing]
         self._accountant = Accountant(root, self._workers, self._subjects)
-        self._finisher = threading.Thread(target=self._seal_all, args=(half_done,), name="finisher", daemon=True)
-        self._finisher.start()
+        self._commits.finish_in_background(half_done)
 
     def stop(self) -> None:
         """From now on refuses what has not reached its commit point, and ends what waits for deletions."""
@@ -176,7 +176,7 @@ class Engine:
         """Waits for so long at most: what hangs in the kernel is left to the end of the process."""
         self.stop()
         deadline_s = time.monotonic() + timeout_s
-        join_until(self._finisher, deadline_s)
+        self._commits.close(deadline_s)
         self._accountant.close(deadline_s)
         self._trash.close(deadline_s)
         self._workers.close()
@@ -284,7 +284,7 @@ class Engine:
         try:
             return self._usage.get(record.id, lambda: scan(trees, self._stop.is_set))
         except Stopped as error:
-            raise Unavailable(_STOPPING) from error
+            raise Unavailable(STOPPING) from error
         except OSError as error:
             raise from_os_error(f"measuring snapshot {quote(key)}", error) from error
 
@@ -326,7 +326,7 @@ class Engine:
         try:
             return self._accountant.space(now)
         except Stopped as error:
-            raise Unavailable(_STOPPING) from error
+            raise Unavailable(STOPPING) from error
         except OSError as error:
             raise from_os_error("measuring the store", error) from error
 
@@ -341,7 +341,7 @@ class Engine:
             unused = self._workers.call(collect_unused, self._root.objects)
             return Freed(self._trash.freed() - before + unused, trees)
         except Stopped as error:
-            raise Unavailable(_STOPPING) from error
+            raise Unavailable(STOPPING) from error
         except OSError as error:
             raise from_os_error("collecting unused objects", error) from error
 
@@ -359,7 +359,7 @@ class Engine:
         try:
             yield from Check(subject, verify_content).events()
         except Stopped as error:
-            raise Unavailable(_STOPPING) from error
+            raise Unavailable(STOPPING) from error
         except OSError as error:
             raise from_os_error("checking the store", error) from error
 
@@ -393,7 +393,7 @@ class Engine:
                 return act()
             except StillSealing as error:
                 with self._claims.hold(error.id):
-                    self._seal(error.id)
+                    self._commits.finish(error.id)
 
     def _get(self, key: str) -> Record:
         with self._store.read() as tx:
@@ -425,7 +425,7 @@ class Engine:
                 self._store.write(lambda tx: _insert(tx, target, want, above))
             except BaseException:
                 self._mounter.release(snapshot_id)
-                self._discard(self._root.directory(snapshot_id), str(snapshot_id))
+                self._trash.try_to_discard(self._root.directory(snapshot_id), str(snapshot_id))
                 raise
         failpoint.hit("prepare.after-transaction")
         log.info("snapshot.created", snapshot_key=want.key, id=snapshot_id, kind=want.kind.name.lower())
@@ -447,92 +447,9 @@ class Engine:
             raise from_os_error(f"making the directory of snapshot {quote(want.key)}", error) from error
 
     def _commit(self, want: Commitment) -> None:
-        with self._store.read() as tx:
-            active = snapshots.check_committable(tx, want)
-            target = Target(
-                active.id,
-                want.key,
-                active.kind,
-                snapshots.chain_below(tx, active),
-                active.features,
-                active.materialized,
-            )
-        with self._claims.hold(target.id):
-            try:
-                with self._sealer.finished(target) as made:
-                    failpoint.hit("commit.before-transaction")
-                    self._check_running()
-                    self._store.write(lambda tx: _commit_point(tx, target, want, made))
-            except Stopped as error:
-                raise Unavailable(_STOPPING) from error
-            except OSError as error:
-                raise from_os_error(f"committing snapshot {quote(want.key)}", error) from error
-            failpoint.hit("commit.after-transaction")
-            if made.sealing:
-                self._seal(made.id, target)
-            elif made.id == target.id:
-                # Left behind by a kill here: the sweep takes the work directory of a committed snapshot.
-                self._discard(self._root.work(made.id), f"{made.id}.work")
-        self._usage.forget(target.id)
+        active_id = self._commits.commit(want)
+        self._usage.forget(active_id)
         self._accountant.changed()
-        log.info("snapshot.committed", name=want.name, id=made.id, size_bytes=made.usage.size_bytes)
-
-    def _seal(self, snapshot_id: SnapshotId, was: Target | None = None) -> None:
-        """Finishes a commit, unless that was done meanwhile; call it under the claim.
-
-        A failure leaves it to whoever needs the snapshot next, or to Remove. The way back is open only to who has just
-        committed what `was` active, as long as nothing of it was changed: raises ResourceExhausted then.
-        """
-        with self._store.read() as tx:
-            record = snapshots.by_id(tx, snapshot_id) if snapshots.knows_id(tx, snapshot_id) else None
-            if record is None or not record.sealing:
-                return
-            below = snapshots.chain_below(tx, record).ids
-        try:
-            outcome = self._sealer.seal(record, below)
-            failpoint.hit("seal.done")
-            self._store.write(lambda tx: snapshots.sealed(tx, snapshot_id, outcome), frees_space=True)
-        except (OSError, Stopped, NotBegun, ResourceExhausted, Unavailable) as error:
-            if isinstance(error, NotBegun) and was and self._take_back(was):
-                raise ResourceExhausted(
-                    f"no space to commit snapshot {quote(was.key)} as {quote(record.name)}, which takes a copy while "
-                    f"somebody has it mounted ({quote(str(error))}): unmount it there, or free space"
-                ) from error
-            log.error("commit.seal_failed", name=record.name, id=snapshot_id, reason=str(error))
-            raise Unavailable(
-                f"snapshot {quote(record.name)} is committed, but its layer could not be finished "
-                f"({quote(str(error))}); try again, or remove it"
-            ) from error
-        failpoint.hit("seal.after-transaction")
-        # Left behind by a kill here: the sweep takes them.
-        self._attempt(lambda: self._sealer.tidy(snapshot_id, Kind.COMMITTED))
-
-    def _take_back(self, was: Target) -> bool:
-        """Undoes the commit point; False where that fails: then the snapshot stays committed."""
-        try:
-            # A kill from here on leaves a mount of a committed snapshot, which the next start drops.
-            self._mounter.provide(was)
-            failpoint.hit("commit.taking-back")
-            self._store.write(lambda tx: snapshots.take_back(tx, was.id), frees_space=True)
-        except (SnapshotterError, OSError) as error:
-            log.warning("commit.not_taken_back", id=was.id, reason=str(error))
-            self._mounter.release(was.id, wait=True)
-            return False
-        # And from here one of an active snapshot that may be frozen, which the next start thaws.
-        failpoint.hit("commit.taken-back")
-        if was.materialized:
-            self._mounter.thaw(was.id)
-        self._attempt(lambda: self._sealer.tidy(was.id, Kind.ACTIVE))
-        return True
-
-    def _seal_all(self, snapshot_ids: Sequence[SnapshotId]) -> None:
-        """What an earlier run left half done; who needs one of them meanwhile waits for it."""
-        for snapshot_id in snapshot_ids:
-            try:
-                with self._claims.hold(snapshot_id):
-                    self._seal(snapshot_id)
-            except Exception as error:  # the others must not wait for a call that needs them
-                log.warning("commit.left_to_who_needs_it", id=snapshot_id, reason=str(error))
 
     def _remove(self, key: str) -> None:
         self._check_running()
@@ -547,7 +464,7 @@ class Engine:
             # Left behind by a kill here, the mount and the directory belong to no snapshot: the next start takes them.
             self._mounter.release(snapshot_id)
             failpoint.hit("remove.detached")
-            self._discard(self._root.directory(snapshot_id), str(snapshot_id))
+            self._trash.try_to_discard(self._root.directory(snapshot_id), str(snapshot_id))
         self._usage.forget(snapshot_id)
         self._accountant.changed()
         failpoint.hit("remove.after-rename")
@@ -566,10 +483,10 @@ class Engine:
             known = {snapshot_id for snapshot_id in listed if snapshots.knows_id(tx, snapshot_id)}
         for snapshot_id in sorted(listed - known):
             log.info("sweep.unknown_directory", id=snapshot_id)
-            self._attempt(lambda unknown_id=snapshot_id: self._sealer.retire(unknown_id))  # type: ignore[misc]
+            attempt(lambda unknown_id=snapshot_id: self._sealer.retire(unknown_id))  # type: ignore[misc]
         for snapshot_id in sorted(known):
-            self._attempt(lambda known_id=snapshot_id: self._tidy(known_id))  # type: ignore[misc]
-        self._attempt(self._sealer.sweep_busy)
+            attempt(lambda known_id=snapshot_id: self._tidy(known_id))  # type: ignore[misc]
+        attempt(self._sealer.sweep_busy)
 
     def _tidy(self, snapshot_id: SnapshotId) -> None:
         """Discards what nobody needs of a snapshot that no call is changing."""
@@ -581,27 +498,9 @@ class Engine:
             if record and not record.sealing:
                 self._sealer.tidy(snapshot_id, record.kind)
 
-    @staticmethod
-    def _attempt(act: Callable[[], None]) -> None:
-        """One step of a sweep. A failure is logged and left to the next sweep; another sweep may have been faster."""
-        try:
-            act()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            log.warning("sweep.failed", reason=str(error))
-
-    def _discard(self, tree: Path, label: str) -> None:
-        """Renames into the trash, at best: what called is done."""
-
-        def act() -> None:
-            self._trash.discard(tree, label)
-
-        self._attempt(act)
-
     def _check_running(self) -> None:
         if self._stop.is_set():
-            raise Unavailable(_STOPPING)
+            raise Unavailable(STOPPING)
 
 
 def _insert(tx: Tx, target: Target, want: Creation, above: Record | None) -> None:
@@ -613,12 +512,6 @@ def _insert(tx: Tx, target: Target, want: Creation, above: Record | None) -> Non
 
 def _parent_is_gone(want: Creation) -> NotFound:
     return NotFound(f"parent {quote(want.parent)} of snapshot {quote(want.key)} was removed meanwhile")
-
-
-def _commit_point(tx: Tx, target: Target, want: Commitment, made: Layer) -> None:
-    if snapshots.check_committable(tx, want).id != target.id:
-        raise NotFound(f"snapshot {quote(want.key)} was removed meanwhile")
-    snapshots.commit(tx, want, made)
 
 
 def _remove_exactly(tx: Tx, key: str, expected: SnapshotId) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -80,6 +80,14 @@ class Trash:
             self._queue.append(name)
             self._wake.notify()
         return True
+
+    def try_to_discard(self, tree: Path, label: str) -> None:
+        """As `discard`, for what a sweep takes if this fails."""
+
+        def act() -> None:
+            self.discard(tree, label)
+
+        attempt(act)
 
     def drained(self) -> Future[None]:
         """Completes when all that is in the trash now has been deleted.
@@ -285,6 +293,16 @@ def _files(tree: Path) -> Iterator[int]:
         yield from (entry.inode for entry in walk_names(fd) if entry.is_file)
     finally:
         os.close(fd)
+
+
+def attempt(act: Callable[[], None]) -> None:
+    """One step of a sweep. A failure is logged and left to the next sweep; another sweep may have been faster."""
+    try:
+        act()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("sweep.failed", reason=str(error))
 
 
 def _is_layer(name: str) -> bool:
