@@ -54,7 +54,7 @@ class Reserve:
 
     def _allocate(self, end_bytes: int) -> None:
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | (0 if self._in_place else os.O_CREAT), 0o600)
             try:
                 linux.fallocate_keep_size(fd, self._end_bytes, end_bytes - self._end_bytes)
             finally:

@@ -30,7 +30,7 @@ _TRACED = (
     "rename,renameat,renameat2,unlink,unlinkat,rmdir,utimensat,exit_group"
 )
 _LINE = re.compile(r"(\d+) +(.*)")
-_DONE = re.compile(r"(\w+)\((.*)\) += (\d+)")
+_DONE = re.compile(r"(\w+)\((.*)\) += \d+(?:<([^>]*)>)?")
 _RESUMED = re.compile(r"<\.\.\. \w+ resumed>(.*)")
 _UNFINISHED = re.compile(r"(.*?),? ?<unfinished \.\.\.>")
 _PATH = re.compile(r'(?:\b(?:AT_FDCWD|\d+)<(?P<directory>[^>]*)>)?(?:, )?(?:"(?P<name>[^"]*)")?')
@@ -81,6 +81,8 @@ class Trace:
             if done := _DONE.match(text):
                 found = (match for match in _PATH.finditer(done[2]) if match[0].strip(", "))
                 paths = tuple(os.path.join(match["directory"] or "", match["name"] or "") for match in found)
+                if done[3]:  # what was opened, wherever links led
+                    paths = (done[3],)
                 yield Call(done[1], tuple(path.rstrip("/") for path in paths), done[2], start, number)
 
     def wait_for_the_end(self) -> None:
@@ -192,6 +194,8 @@ class _Replay:
             self.loose = {path: line for path, line in self.loose.items() if line > call.start}
         elif name == "utimensat":
             self._times_set(paths[0], call.end, is_open=">, NULL, " in call.flags)
+        elif paths == (f"{self.root}/metadata/reserve",):
+            pass  # lost, it is made again
         elif name.startswith("mkdir") or "O_CREAT" in call.flags:
             self._made(paths[0], call.end)
         elif name.startswith("rename"):

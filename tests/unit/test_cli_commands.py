@@ -280,7 +280,7 @@ def test_another_user_is_told_to_be_root(snapctl: Snapctl) -> None:
 def test_a_daemon_that_hangs_is_interrupted_quietly(snapctl: Snapctl) -> None:
     os.kill(snapctl.daemon.pid, signal.SIGSTOP)
     try:
-        done = snapctl.shell(f"timeout --signal=INT 1 {sys.executable} -m snapshotter.cli ls")
+        done = snapctl.shell(f"timeout --signal=INT 3 {sys.executable} -m snapshotter.cli ls")
         assert (done.returncode, done.stderr) == (124, "")
     finally:
         os.kill(snapctl.daemon.pid, signal.SIGCONT)

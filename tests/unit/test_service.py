@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -388,11 +389,14 @@ def stalled_lists(daemon: Daemon) -> Iterator[list[StalledCall]]:
 
 
 def reader_slots_in_use(daemon: Daemon) -> int:
-    """Read transactions that are open in the metadata, as LMDB's lock file shows to another process."""
+    """Read transactions that are open in the metadata, as LMDB's lock file, which has no path, shows to us."""
     descriptors = Path(f"/proc/{daemon.pid}/fd").iterdir()
-    place = next(path for path in descriptors if path.is_dir() and (path / "lock.mdb").exists())
-    with lmdb.open(str(place), readonly=True, lib_version=0) as environment:
-        lines = environment.readers().splitlines()[1:]
+    lock = next(path for path in descriptors if os.readlink(path).endswith("lock.mdb"))
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "lock.mdb").symlink_to(lock)
+        Path(place, "data.mdb").symlink_to(daemon.root / "metadata/data.mdb")
+        with lmdb.open(place, readonly=True, lib_version=0) as environment:
+            lines = environment.readers().splitlines()[1:]
     return sum(line.split()[-1] != "-" for line in lines)
 
 
