@@ -103,7 +103,7 @@ class Store:
         self._directory = directory
         self._gate = threading.Condition()
         self._readers = 0
-        self._broken: SnapshotterError | None = None
+        self._broken: str | None = None
         """Why the environment is closed."""
         try:
             self._open(may_create)
@@ -135,7 +135,10 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[Tx]:
         """A consistent view. Keep it short: old pages cannot be reused meanwhile; and never open one inside another.
-        Raises Internal for damage."""
+        Raises Internal for damage, Unavailable where the metadata was closed and cannot be opened again."""
+        if self._broken:
+            # Most calls read before they write: were it left to those, it would stay closed.
+            self.write(lambda _tx: None, frees_space=True)
         try:
             with self._begin_reading() as txn:
                 yield Tx(txn, self._databases)
@@ -148,7 +151,7 @@ class Store:
         with self._gate:
             while txn is None:
                 if self._broken:
-                    raise self._broken
+                    raise Unavailable(self._broken)
                 try:
                     txn = self._env.begin()
                 except lmdb.PanicError:
@@ -216,7 +219,7 @@ class Store:
                 self._broken = None
                 log.warning("metadata.reopened", directory=str(self._directory))
             except (SnapshotterError, OSError) as error:
-                self._broken = Unavailable(f"the metadata cannot be opened again: {error}")
+                self._broken = f"the metadata cannot be opened again: {error}"
                 log.error("metadata.closed", directory=str(self._directory), reason=str(error))
             self._gate.notify_all()
 
@@ -286,7 +289,7 @@ class Store:
         if self._broken:
             self._reopen()
         if self._broken:
-            outcomes: list[_Outcome] = [(request, None, self._broken) for request in batch]
+            outcomes: list[_Outcome] = [(request, None, Unavailable(self._broken)) for request in batch]
         else:
             spare_bytes = self._top_up()
             if len(batch) == 1:
@@ -307,7 +310,7 @@ class Store:
             what = f"no space is left for the metadata in {self._directory}: remove snapshots, or free space otherwise"
             return [(request, None, ResourceExhausted(what))]
         outcomes = self._commit([request])
-        if request.frees_space and _is_short_of_space(outcomes) and self._reserve.spend():
+        if request.frees_space and _is_short_of_space(outcomes) and self._reserve.spend() and not self._broken:
             outcomes = self._commit([request])
         return outcomes
 

@@ -25,10 +25,11 @@ from typing import Any
 import lmdb
 import pytest
 
+from snapshotter import mountinfo
 from snapshotter.api import snapshots_pb2 as pb
 from snapshotter.api import snapshots_pb2_grpc
 from snapshotter.errors import FailedPrecondition, Internal, ResourceExhausted, SnapshotterError, Unavailable
-from snapshotter.meta import schema
+from snapshotter.meta import reserve, schema
 from snapshotter.meta.reserve import ENOUGH_BYTES
 from snapshotter.meta.store import Store, Tx
 from tests.rig.daemon import Daemon
@@ -569,6 +570,43 @@ def test_readers_live_through_a_failed_write_of_a_meta_page(store: Store) -> Non
         assert waiting.result(10) == "kept"
         with pytest.raises(ResourceExhausted):
             failing.result(10)
+
+
+@contextmanager
+def closed_by_failure(store: Store, base: Path, frees_space: bool = False) -> Iterator[None]:
+    """A meta page could not be written, nor, until the block ends, can the environment be opened again."""
+    data, away = base / "metadata/data.mdb", base / "away"
+    break_meta_page()
+    data.rename(away)
+    data.mkdir()
+    try:
+        with pytest.raises(ResourceExhausted):
+            store.write(put("lost", "x"), frees_space)
+        yield
+    finally:
+        data.rmdir()
+        away.rename(data)
+
+
+def test_what_could_not_be_opened_again_is_tried_again_by_who_reads(store: Store, base: Path) -> None:
+    """Nearly every call reads before it writes."""
+    store.write(put("before", "kept"))
+    with closed_by_failure(store, base):
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="cannot be opened again"):
+                get(store, "before")
+    assert (get(store, "before"), get(store, "lost")) == ("kept", None)
+
+
+def test_the_writer_outlives_a_reserve_that_did_not_help(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full btrfs: what frees space is tried once more, if there is still something to write to."""
+    monkeypatch.setattr(reserve, "_COPIES_ON_WRITE", frozenset({mountinfo.filesystem_of(base)}))
+    with closing(opened_at(base)) as store:
+        store.write(put("before", "kept"))
+        with closed_by_failure(store, base, frees_space=True):
+            assert store._writer.is_alive()
+        store.write(put("after", "works"))
+        assert (get(store, "before"), get(store, "after")) == ("kept", "works")
 
 
 def has_panicked(store: Store) -> bool:
