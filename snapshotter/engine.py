@@ -296,11 +296,6 @@ class Engine:
             self._sweep()
         return self._trash.drained()
 
-    @property
-    def trash_thread(self) -> int:
-        """Which those wait for who wait for `cleanup` (gettid(2))."""
-        return self._trash.thread_id
-
     # -- for the administrator ------------------------------------------------------------------
 
     def status(self) -> Status:

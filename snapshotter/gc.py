@@ -164,7 +164,7 @@ class Trash:
         def count() -> None:
             try:
                 found.append(self._workers.call(would_free, self._directory, self._objects))
-            except (Stopped, OSError) as error:
+            except Exception as error:  # who asks must not wait for ever
                 found.append(error)
 
         if not self._ends(threading.Thread(target=count, name="trash-count", daemon=True)):
@@ -228,10 +228,14 @@ class Trash:
 
     def _answer(self, waiter: Future[None]) -> None:
         with self._wake:
-            hung = dict(self._hung)
-        hung = {name: thread for name, thread in hung.items() if not self._has_ended(thread)}
+            waited = dict(self._hung)
+        hung = {name: thread for name, thread in waited.items() if not self._has_ended(thread)}
         with self._wake:
             failed = dict(self._failed)
+            if waited and not hung:
+                # Trees before it in the queue, which could not be begun, can be now.
+                self._queue.append(waiter)
+                return
         if failed:
             name, reason = next(iter(failed.items()))
             what = f"{len(failed)} trees in {self._directory} cannot be deleted, first {name}"
