@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeVar
 
@@ -75,13 +76,15 @@ class Workers:
         results: list[T] = []
         for number, worker in enumerate(workers):
             worker.send(task(number, len(workers)))
-        with waiting_for(lambda: [worker.pid for worker in workers]):
-            for worker in workers:
+        awaited = deque(workers)
+        with waiting_for(lambda: [worker.pid for worker in tuple(awaited)]):
+            while awaited:
                 try:
-                    results.append(worker.receive())
+                    results.append(awaited[0].receive())
                 except Exception as error:
                     failures.append(error)
-                self._give_back(worker)
+                # What it does next is for somebody else.
+                self._give_back(awaited.popleft())
         if failures:
             if self._stopping:
                 raise Stopped("the daemon is stopping")

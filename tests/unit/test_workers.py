@@ -15,6 +15,7 @@ import pytest
 
 from snapshotter.durable import Stopped
 from snapshotter.errors import NotFound
+from snapshotter.progress import Watch
 from snapshotter.workers.pool import WorkerDied, Workers
 
 
@@ -74,6 +75,31 @@ def test_when_one_piece_fails_the_others_are_over(workers: Workers, tmp_path: Pa
     with pytest.raises(OSError, match="the first"):
         workers.share_out(fail_if_first, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [str(number) for number in range(1, workers.cpus)]
+
+
+def read_if_last(fifo: Path, number: int, count: int) -> bytes | None:
+    return fifo.read_bytes() if number == count - 1 else None
+
+
+def test_a_process_that_hangs_is_not_hidden_by_those_that_are_done(workers: Workers, tmp_path: Path) -> None:
+    """Although they work for others now."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    answers: list[bytes | None] = []
+    hanging = threading.Thread(target=lambda: answers.extend(workers.share_out(read_if_last, fifo)))
+    hanging.start()
+    watch = Watch()
+
+    def seems_idle() -> bool:
+        workers.call(os.getpid)
+        return watch.idle_s(hanging.native_id or 0) > 0.3
+
+    try:
+        wait_until(seems_idle)
+    finally:
+        fifo.write_bytes(b"on")
+        hanging.join()
+    assert answers[-1] == b"on"
 
 
 def test_a_worker_that_dies_is_an_error_and_replaced(workers: Workers) -> None:
