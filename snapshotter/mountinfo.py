@@ -56,7 +56,10 @@ def places_of_upper(upper: Path) -> Iterator[str]:
         filesystem, _, options = after.split(" ")[:3]
         if filesystem == "overlay" and needle in options.split(","):
             device, root, path = before.split(" ")[2:5]
-            status = os.stat(_unescape(path))  # of what is mounted there last
+            try:
+                status = os.stat(_unescape(path))  # of what is mounted there last
+            except OSError:
+                continue  # what is mounted above it hides it
             if root == "/" and device == f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}":
                 yield _unescape(path)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from snapshotter import failpoint, linux, mountinfo
-from snapshotter.errors import FailedPrecondition, Unavailable, from_os_error, quote
+from snapshotter.errors import NO_SPACE, FailedPrecondition, Unavailable, from_os_error, quote
 from snapshotter.model import Kind, Mount, SnapshotId
 from snapshotter.mounts import Target
 from snapshotter.mounts.client import ClientMounts, bind
@@ -107,8 +107,14 @@ class Mounter:
             self.unmount(snapshot_id)
         while self.is_mounted(snapshot_id):
             self._detacher.detach(path)
-        failpoint.hit("mount.detached")
-        _remove_mountpoint(path)
+        try:
+            failpoint.hit("mount.detached")
+            _remove_mountpoint(path)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            # Nobody needs it to be gone; the next start takes it away.
+            log.warning("mount.mountpoint_left", id=snapshot_id, reason=str(error))
 
     def unmount(self, snapshot_id: SnapshotId) -> None:
         """Detaches the mount, and leaves the mountpoint: to make it again takes space. Who asks the kernel afterwards

@@ -127,6 +127,22 @@ def test_a_commit_without_space_for_a_copy_is_taken_back(base: Path, kind: str) 
             assert seen(again).keys() == {*expected, "later"}
 
 
+def test_a_mountpoint_that_cannot_be_removed_fails_no_call(base: Path) -> None:
+    """On btrfs that takes space. What was asked for is done, and the next start removes it."""
+    with Host(base, environment={"DEDUP_FAILPOINTS": "mount.detached=enospc"}) as host:
+        host.client.prepare("removed")
+        host.client.remove("removed")
+        with host.running("key") as merged:
+            (merged / "file").write_text("written")
+        host.client.commit("layer", "key")
+        assert [(info.name, info.kind) for info in host.client.list()] == [("layer", Kind.COMMITTED)]
+        assert len(os.listdir(host.root / "mounts")) == 2
+        host.stop()
+        host.daemon.environment = {}
+        host.start()
+        assert os.listdir(host.root / "mounts") == []
+
+
 def test_a_filesystem_that_became_read_only_is_read(base: Path) -> None:
     """As ext4 does after an error. Nothing can make it writable again but an unmount."""
     with a_host("ext4", base, "-e", "remount-ro") as (disk, host):
