@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -66,17 +67,29 @@ class Pool:
         """Waits for no thread."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, act: Callable[..., T], *arguments: Any, about: tuple[str, ...] = ()) -> T:
-        """What `act` returns, or raises; `about`: the snapshots that it is about, or "".
+    async def run(
+        self,
+        act: Callable[..., T],
+        *arguments: Any,
+        about: tuple[str, ...] = (),
+        unwanted: Callable[[T], object] | None = None,
+    ) -> T:
+        """What `act` returns, or raises; `about`: the snapshots that it is about, or "". `unwanted` gets, on some
+        thread, what `act` returned to nobody: its client has gone, or was answered before.
 
         While another call has the snapshot (Busy), waits without a thread. Raises Unavailable when it hangs, or would.
         """
         while True:
             self._refuse_if_lost(about)
+            job = self._start(lambda: act(*arguments), about)
             try:
-                return await self._start(lambda: act(*arguments), about)
+                return await job.answer
             except Busy as busy:
                 await self._released(busy)
+            except BaseException:
+                if unwanted:
+                    job.future.add_done_callback(partial(_hand_over, unwanted))
+                raise
 
     def leave(self, act: Callable[[], object]) -> None:
         """Has it done some time."""
@@ -90,7 +103,7 @@ class Pool:
             if sum(name in job.about for job in lost) >= _LOST_PER_NAME:
                 raise Unavailable(f"{_LOST_PER_NAME} calls about snapshot {quote(name)} hang in the kernel; {_ADVICE}")
 
-    def _start(self, act: Callable[[], T], about: tuple[str, ...]) -> asyncio.Future[T]:
+    def _start(self, act: Callable[[], T], about: tuple[str, ...]) -> _Job[T]:
         loop = asyncio.get_running_loop()
         job = _Job(act, about, loop.create_future())
         job.future = self._threads.submit(job.run)
@@ -99,7 +112,7 @@ class Pool:
         job.future.add_done_callback(lambda _: _soon(loop, self._done, job))
         # A client that went away needs no thread.
         job.answer.add_done_callback(lambda answer: answer.cancelled() and job.future.cancel())
-        return job.answer
+        return job
 
     def _look(self, job: _Job[Any]) -> None:
         """Now and then, also when the client has gone."""
@@ -181,6 +194,12 @@ def _soon(loop: asyncio.AbstractEventLoop, act: Callable[..., None], argument: A
     """From a thread; nobody waits any more when the loop is closed."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(act, argument)
+
+
+def _hand_over(take: Callable[[T], object], future: Future[T]) -> None:
+    """What a call returned, if it did."""
+    if not future.cancelled() and future.exception() is None:
+        take(future.result())
 
 
 def _succeed(future: asyncio.Future[None]) -> None:

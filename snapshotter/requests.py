@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -70,8 +71,9 @@ def _after(parse: Parse, handler: Any) -> Any:
         answers = serve(request, context)
         if not inspect.isasyncgen(answers):
             return await answers  # health's Watch, which writes to the context, too
-        async for message in answers:
-            await context.write(message)
+        async with aclosing(answers):  # what it holds is let go of with the call, not when the garbage is collected
+            async for message in answers:
+                await context.write(message)
         return None
 
     async def answer(raw: Any, context: Any) -> Any:

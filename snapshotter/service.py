@@ -135,7 +135,7 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     async def List(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Spools the whole answer first: a slow reader holds neither memory nor a view of the metadata."""
         try:
-            spool = await self._pools.list.run(self._spool_list, request.filters)
+            spool = await self._pools.list.run(self._spool_list, request.filters, unwanted=Spool.close)
         except Exception as error:
             await _abort(context, "List", error)
             raise
@@ -166,6 +166,7 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
             with self._engine.select(filters) as infos:
                 for message in _in_messages(infos):
                     spool.write(message.SerializeToString())
+            spool.rewind()
         except BaseException:
             spool.close()
             raise

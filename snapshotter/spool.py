@@ -67,9 +67,11 @@ class Spool:
         self._file.write(len(message).to_bytes(_LENGTH_BYTES, "little"))
         self._file.write(message)
 
-    def messages(self) -> Iterator[bytes]:
-        """From the beginning."""
+    def rewind(self) -> None:
+        """After the last `write`, before `messages`. Raises OSError."""
         self._file.seek(0)
+
+    def messages(self) -> Iterator[bytes]:
         while length := self._file.read(_LENGTH_BYTES):
             yield self._file.read(int.from_bytes(length, "little"))
 

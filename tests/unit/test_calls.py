@@ -103,6 +103,58 @@ def test_a_thread_is_lost_also_when_its_client_has_gone(gate: Gate) -> None:
     run(scenario, gate)
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_came_too_late_is_handed_over(gate: Gate, gone: bool) -> None:
+    """What was opened for a client that went away, or whose call was lost, must be closed by somebody."""
+    unwanted: list[str] = []
+
+    async def scenario(pool: Pool) -> None:
+        call = asyncio.create_task(pool.run(gate, unwanted=unwanted.append))
+        while not gate.entered:
+            await asyncio.sleep(0.01)
+        if gone:
+            call.cancel()
+        with pytest.raises(asyncio.CancelledError if gone else Unavailable):
+            await call
+        assert unwanted == []
+        gate.open()
+        while not unwanted:
+            await asyncio.sleep(0.01)
+
+    run(scenario, gate)
+    assert unwanted == ["through"]
+
+
+def test_what_was_just_answered_to_who_goes_is_handed_over(gate: Gate) -> None:
+    unwanted: list[str] = []
+    gate.open()
+
+    async def scenario(pool: Pool) -> None:
+        call = asyncio.create_task(pool.run(gate, unwanted=unwanted.append))
+        await asyncio.sleep(0)
+        (job,) = pool._jobs
+        job.future.result()
+        pool._done(job)
+        call.cancel()  # before it comes to know
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert unwanted == ["through"]
+
+    run(scenario, gate)
+
+
+def test_what_was_wanted_or_failed_is_not_handed_over(gate: Gate) -> None:
+    unwanted: list[float] = []
+
+    async def scenario(pool: Pool) -> None:
+        assert await pool.run(lambda: 1.0, unwanted=unwanted.append) == 1
+        with pytest.raises(ZeroDivisionError):
+            await pool.run(lambda: 1 / 0, unwanted=unwanted.append)
+
+    run(scenario, gate)
+    assert unwanted == []
+
+
 def test_what_takes_long_and_gets_on_is_answered(gate: Gate) -> None:
     def work() -> int:
         deadline = time.monotonic() + 5 * HANG_S
