@@ -105,8 +105,13 @@ class _Copier:
         path = level.path + name
         if stat.S_ISDIR(status.st_mode):
             source_fd = linux.open_beneath(level.source_fd, name, OPEN_DIRECTORY)
-            os.mkdir(name, 0o700, dir_fd=level.target_fd)
-            self._enter(source_fd, os.open(name, OPEN_DIRECTORY, dir_fd=level.target_fd), join(level.path, name))
+            try:
+                os.mkdir(name, 0o700, dir_fd=level.target_fd)
+                target_fd = os.open(name, OPEN_DIRECTORY, dir_fd=level.target_fd)
+            except BaseException:
+                os.close(source_fd)
+                raise
+            self._enter(source_fd, target_fd, join(level.path, name))
         elif first := self._first.get(status.st_ino):
             by_descriptor = first.startswith(b"/")
             os.link(

@@ -280,6 +280,20 @@ def test_a_metacopy_file_that_is_copied_up_during_the_copy_stays_one(
     assert (base / "copy" / "f").stat().st_size == 8000
 
 
+def test_a_copy_that_finds_no_space_leaves_nothing_open(base: Path) -> None:
+    """The process that made it goes on to serve others."""
+    (base / "tree/d").mkdir(parents=True)
+    (base / "full").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs", base / "full"], check=True)
+    try:
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match="No space left"):
+            clone.copy_tree(base / "tree", base / "full/copy", TRUSTED, True)
+        assert os.listdir("/proc/self/fd") == before
+    finally:
+        subprocess.run(["umount", base / "full"], check=True)
+
+
 def test_an_attribute_that_no_kernel_writes_is_refused(base: Path) -> None:
     tree = base / "tree"
     (tree / "d").mkdir(parents=True)
