@@ -120,7 +120,8 @@ def _leaves(task: int) -> set[int]:
 def _scheduled(task: int) -> bytes:
     """Changes whenever the task runs (scheduler/sched-stats.rst). One that is gone, or a kernel that does not count,
     is never taken for hung."""
-    return _read(task, "schedstat") or str(time.monotonic_ns()).encode()
+    counts = _read(task, "schedstat")
+    return counts if counts.strip(b"0 \n") else str(time.monotonic_ns()).encode()
 
 
 def _read(task: int, name: str) -> bytes:
