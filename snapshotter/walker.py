@@ -102,7 +102,12 @@ def walk_names(top_fd: int) -> Iterator[Name]:
 
 def join(path: bytes, name: bytes) -> bytes:
     """The path of a directory `name`, as Name has it."""
-    return path if len(path) > _PATH_MAX else path + name + b"/"
+    return path if is_cut(path) else path + name + b"/"
+
+
+def is_cut(path: bytes) -> bool:
+    """Whether the path of a directory, as Name has it, may be that of one above."""
+    return len(path) > _PATH_MAX
 
 
 def _read(fd: int) -> list[tuple[bytes, int, bool, bool]]:

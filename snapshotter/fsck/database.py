@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import lmdb
@@ -99,16 +100,17 @@ def _read(environment: lmdb.Environment) -> Raw:
     """Raises lmdb.Error, OSError; FailedPrecondition for a newer schema."""
     raw: Raw = {}
     with environment.begin() as txn:
-        present = {bytes(name).decode() for name, _ in txn.cursor()}
+        present = {bytes(name).decode(errors="replace") for name, _ in txn.cursor()}
     for name in present.intersection(schema.DATABASES):
         database = environment.open_db(name.encode(), create=False)
         with environment.begin() as txn:
             raw[name] = {bytes(key): bytes(value) for key, value in txn.cursor(db=database)}
             if len(raw[name]) != txn.stat(database)["entries"]:
                 raise OSError(f"some entries of {name} cannot be reached")
-    if "store" not in raw or b"version" not in raw["store"]:
-        raise OSError("there is no version in it")
-    version = schema.decode_u32(raw["store"][b"version"])
+    try:
+        version = schema.decode_u32(raw["store"][b"version"])
+    except (KeyError, struct.error) as error:
+        raise OSError("there is no version in it") from error
     if version > schema.SCHEMA_VERSION:
         raise FailedPrecondition(
             f"the metadata has schema version {version}, this program knows {schema.SCHEMA_VERSION}: it was written by "

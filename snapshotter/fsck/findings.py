@@ -163,7 +163,8 @@ KINDS: dict[str, Kind] = {
     ),
     "redirect-missing": Kind(
         "a renamed directory of a layer stands for one that is not in the layers below",
-        "removes the redirection, which the kernel follows to nothing, and notes it in lost+found",
+        "removes the redirection, which the kernel follows to nothing, so that the directory shows what it shows now; "
+        "notes it in lost+found",
     ),
     "redirect-twice": Kind("two directories of a layer stand for the same one of the layers below", _PULL),
     "metacopy-no-data": Kind(

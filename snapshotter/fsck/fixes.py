@@ -7,6 +7,7 @@ be the only copy of something: that goes to lost+found first.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -196,9 +197,12 @@ class LinkObject:
         source, target = (held, stored) if self.to_store else (stored, held)
         if self.to_store and not _is_right(held, self.ref):
             raise CannotRepair("what the layer holds is damaged itself, or another file")
-        target.parent.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileExistsError):  # another layer's finding was the same
+        _make_directory(target.parent)
+        try:
             os.link(source, target, follow_symlinks=False)
+        except FileExistsError as error:  # another layer's finding was the same
+            if not stat.S_ISREG(target.lstat().st_mode):
+                raise CannotRepair("something that is no file has its name: move that away") from error
         sync_directory(target.parent)
         sync_directory(target.parent.parent)
 
@@ -295,13 +299,14 @@ class Rebuild:
                 bench.lost.keep(stored, "its content was not what its name says")
             for snapshot_id in sorted(self.touches):  # first: by these a repetition finds what was made
                 held = root.refs(snapshot_id) / self.lost.ref
-                held.parent.mkdir(mode=0o700, exist_ok=True)
+                _make_directory(held.parent)
                 if held.exists() and held.stat().st_ino not in (old, made.stat().st_ino):
                     bench.lost.keep(held, f"snapshot {snapshot_id} held it in the place of an object")
                 _put(made, held, root)
             for snapshot_id in sorted(self.touches):
                 for path in _paths_of(root, snapshot_id, old):
                     _put(made, path, root)
+            _make_directory(stored.parent)
             _put(made, stored, root)  # last: until then a repetition finds it damaged
 
     def _begun(self, root: Root) -> Path | None:
@@ -384,7 +389,7 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class RemoveRedirect:
-    """Removes the redirection of a directory."""
+    """Removes the redirection of a directory, which goes on showing only what it has itself."""
 
     snapshot: SnapshotId
     path: bytes
@@ -402,6 +407,8 @@ class RemoveRedirect:
         bench.lost.note(path, f"it had {bench.names.redirect} = {self.value!r}, which led to nothing")
         fd = os.open(path, OPEN_DIRECTORY)
         try:
+            # What has no redirection is merged with what the layers below have under its name.
+            os.setxattr(fd, bench.names.prefix + "opaque", b"y")
             os.removexattr(fd, bench.names.redirect)
             os.fsync(fd)
         finally:
@@ -422,6 +429,14 @@ def _is_right(path: Path, ref: str) -> bool:
         os.close(fd)
     mark = mark_of(os.fsencode(path))
     return mark == digest if is_unsynced(ref) else is_right and mark in (None, digest)
+
+
+def _make_directory(path: Path) -> None:
+    """Where there is none. Raises CannotRepair where something else is, be it a symlink that leads to one."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise CannotRepair(f"{quote(str(path))} is no directory: move it away")
 
 
 def _put(source: Path, target: Path, root: Root) -> None:

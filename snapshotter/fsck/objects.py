@@ -59,6 +59,9 @@ def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int,
             fd = os.open(store / shard, OPEN_DIRECTORY)
         except FileNotFoundError:
             continue
+        except NotADirectoryError:
+            stored.strays.append(shard)
+            continue
         try:
             for name in os.listdir(fd):
                 with suppress(FileNotFoundError):  # collected meanwhile

@@ -7,15 +7,17 @@ process, one layer each, for the few layers that need it.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from snapshotter.fsck.trees import STUB_REF
+from snapshotter.fsck_overlay.lookup import is_valid_redirect
 from snapshotter.overlay.attributes import Names, by_name
-from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
+from snapshotter.walker import OPEN_DIRECTORY, Name, is_cut, walk_names
 
 
 @dataclass(slots=True)
@@ -51,16 +53,19 @@ class _Checker:
         self.found = Unresolved()
 
     def visit(self, name: Name) -> None:
-        if not (name.is_directory or name.is_file):
-            return
+        if not (name.is_directory or name.is_file) or is_cut(name.directory):
+            return  # what is deeper than any path can say is not judged
         path = name.directory + name.name
         place = by_name(name.directory_fd, name.name)
-        redirect = _attribute(place, self._names.redirect)
-        origin = self._origin(name, redirect)
+        redirect = self._redirect(place)
+        is_malformed = redirect is not None and not is_valid_redirect(redirect)
+        origin = None if is_malformed else self._origin(name, redirect)
         if name.is_directory:
             is_opaque = _attribute(place, self._names.prefix + "opaque") == b"y"
             self._origins[path] = None if is_opaque else origin
-            if not is_opaque and origin is not None:
+            if redirect is not None and is_malformed and not is_opaque:
+                self.found.missing.append((path, redirect))
+            elif not is_opaque and origin is not None:
                 self._claim(path, origin, redirect)
         elif _attribute(place, self._names.metacopy) is None or _is_object(redirect):
             return
@@ -69,7 +74,7 @@ class _Checker:
 
     def _origin(self, name: Name, redirect: bytes | None) -> bytes | None:
         if redirect is not None and redirect.startswith(b"/"):
-            return redirect.strip(b"/")
+            return redirect[1:]
         above = self._origins.get(name.directory.rstrip(b"/"))
         if above is None:
             return None
@@ -90,42 +95,62 @@ class _Checker:
             if not stat.S_ISREG(status.st_mode):
                 return False
             is_metacopy = _attribute(path, self._names.metacopy) is not None
-            if not is_metacopy or _is_object(_attribute(path, self._names.redirect)):
+            if not is_metacopy or _is_object(self._redirect(path)):
                 return True
         return False
 
     def _look_up(self, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
         """What the layers have at a path, from the top one down, as far as each one shows."""
-        parts = path.split(b"/")
+        parts: list[bytes] | None = path.split(b"/")
         for tree in self._below:
-            place, origin, is_hidden = tree, list[bytes](), False
+            if parts is not None:
+                parts = yield from self._look_up_in(tree, parts)
+
+    def _look_up_in(
+        self, tree: bytes, parts: list[bytes]
+    ) -> Generator[tuple[bytes, os.stat_result], None, list[bytes] | None]:
+        """Returns what is to be looked up in the layers below; None where they do not show. What it yields is valid
+        until the next is asked for."""
+        origin, is_hidden = list[bytes](), False
+        fd = os.open(tree, OPEN_DIRECTORY)
+        try:
             for number, part in enumerate(parts):
-                place += b"/" + part
+                place, is_last = by_name(fd, part), number == len(parts) - 1
                 try:
                     status = os.lstat(place)
-                except FileNotFoundError:
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+                        raise
                     origin += parts[number:]
                     break
-                except NotADirectoryError:
-                    return
                 if stat.S_ISCHR(status.st_mode):
-                    return
-                redirect = _attribute(place, self._names.redirect)
+                    return None
+                redirect = self._redirect(place)
+                if redirect is not None and not is_valid_redirect(redirect):
+                    return None
                 if redirect is not None and redirect.startswith(b"/"):
-                    origin = redirect.strip(b"/").split(b"/")
+                    origin = redirect[1:].split(b"/")
                 else:
                     origin.append(redirect or part)
-                is_last = number == len(parts) - 1
                 if is_last:
                     yield place, status
                 if not stat.S_ISDIR(status.st_mode):
                     if not is_last or _attribute(place, self._names.metacopy) is None:
-                        return
-                elif _attribute(place, self._names.prefix + "opaque") == b"y":
+                        return None
+                    continue
+                if _attribute(place, self._names.prefix + "opaque") == b"y":
                     is_hidden = True
-            if is_hidden:
-                return
-            parts = origin
+                if not is_last:
+                    above, fd = fd, os.open(part, OPEN_DIRECTORY, dir_fd=fd)
+                    os.close(above)
+        finally:
+            os.close(fd)
+        return None if is_hidden else origin
+
+    def _redirect(self, place: bytes) -> bytes | None:
+        """As the kernel reads it: up to a zero byte."""
+        value = _attribute(place, self._names.redirect)
+        return None if value is None else value.partition(b"\0")[0]
 
 
 def _is_object(redirect: bytes | None) -> bool:

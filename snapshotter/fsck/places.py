@@ -50,7 +50,7 @@ def _snapshot(root: Root, image: Image, record: Record) -> Iterator[Finding]:
         yield Finding("sealing", title, "", snapshot_id)
         return
     owns_tree = record.kind is not Kind.VIEW or record.parent_id is None
-    if owns_tree and not root.fs(snapshot_id).is_dir():
+    if owns_tree and not is_tree(root, snapshot_id):
         children = [image.title(other.id) for other in image.records.values() if other.parent_id == snapshot_id]
         detail = f"below {', '.join(children)}" if children else ""
         yield Finding("tree-missing", title, detail, snapshot_id)
@@ -65,6 +65,12 @@ def _snapshot(root: Root, image: Image, record: Record) -> Iterator[Finding]:
         yield Finding("half-sealed", title, "", snapshot_id, FinishSwaps(snapshot_id))
     elif seal.exists():
         yield Finding("left-behind", f"snapshots/{snapshot_id}/seal", title, snapshot_id)
+
+
+def is_tree(root: Root, snapshot_id: SnapshotId) -> bool:
+    """Whether a snapshot has one. What a symlink leads to is not here."""
+    directory, tree = root.directory(snapshot_id), root.fs(snapshot_id)
+    return tree.is_dir() and not tree.is_symlink() and not directory.is_symlink()
 
 
 def _strays(root: Root) -> Iterator[Finding]:

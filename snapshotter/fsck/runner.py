@@ -165,7 +165,7 @@ class Check:
             for snapshot_id in holders
         }
         paths: dict[str, list[str]] = {}
-        for snapshot_id, found in (yield from self._run("users", jobs, pool)).items():
+        for snapshot_id, found in sorted((yield from self._run("users", jobs, pool)).items()):
             for key, used in found.items():
                 more = f" and {len(used) - _MANY_PATHS} more" if len(used) > _MANY_PATHS else ""
                 shown = ", ".join(map(os.fsdecode, used[:_MANY_PATHS])) + more
@@ -197,7 +197,10 @@ class Check:
             record = image.records[snapshot_id]
             is_layer = record.kind is Kind.COMMITTED and not record.sealing
             if scanned.uses_lowers and is_layer and image.has_sound_chain(record):
-                trees_below = [root.fs(layer.id) for layer in image.ancestors(record)]
+                below = [layer.id for layer in image.ancestors(record)]
+                if not all(places.is_tree(root, layer_id) for layer_id in below):
+                    continue  # what it refers to is missing with that tree, and may come back with it
+                trees_below = [root.fs(layer_id) for layer_id in below]
                 jobs[snapshot_id] = (overlays.check, root.fs(snapshot_id), trees_below, self.subject.names)
         found: list[Finding] = []
         for snapshot_id, unresolved in (yield from self._run("redirections", jobs, pool)).items():
@@ -207,7 +210,7 @@ class Check:
     def _run(
         self, stage: str, jobs: Mapping[K, tuple[Any, ...]], pool: ThreadPoolExecutor
     ) -> Generator[Event, None, dict[K, Any]]:
-        """Calls functions in worker processes. What they look for and is gone is left out."""
+        """Calls functions in worker processes. What they look for and is gone, or no directory, is left out."""
         futures = {pool.submit(self.subject.workers.call, *job): key for key, job in jobs.items()}
         results = {}
         done = as_completed(futures)
@@ -215,7 +218,7 @@ class Check:
             with waiting_for(lambda: self._threads):
                 future = next(done)
             yield Progress(stage, number, len(futures))
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 results[futures[future]] = future.result()
         return results
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from snapshotter.content.stubs import ref_of
 from snapshotter.linux import FS_APPEND_FL, FS_IMMUTABLE_FL, get_inode_flags
-from snapshotter.overlay.attributes import Names, by_name
+from snapshotter.overlay.attributes import Names, by_name, list_attributes
 from snapshotter.overlay.features import NO_FEATURES, OF_STUBS, Feature
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
@@ -104,7 +104,7 @@ def users(directory: Path, refs: frozenset[str], inodes: frozenset[int]) -> dict
         key = str(name.inode) if name.inode in inodes else None
         if key is None and refs:
             path = by_name(name.directory_fd, name.name)
-            ref = _ref(path, os.listxattr(path, follow_symlinks=False))
+            ref = _ref(path, list_attributes(path))
             key = ref if ref in refs else None
         if key is not None:
             found.setdefault(key, []).append(name.directory + name.name)
@@ -113,19 +113,23 @@ def users(directory: Path, refs: frozenset[str], inodes: frozenset[int]) -> dict
 
 def _scan_refs(directory: Path, scanned: Scanned) -> None:
     try:
-        entries = list(os.scandir(directory))
-    except FileNotFoundError:
+        fd = os.open(directory, OPEN_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    for entry in entries:
-        scanned.refs[entry.name] = entry.inode()
-        scanned.elsewhere[entry.inode()] += 1
+    try:
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                scanned.refs[entry.name] = entry.inode()
+                scanned.elsewhere[entry.inode()] += 1
+    finally:
+        os.close(fd)
 
 
 def _scan_tree(tree: Path, role: Role, names: Names, scanned: Scanned) -> None:
     fd = os.open(tree, OPEN_DIRECTORY)
     try:
         if role is not Role.OTHER:
-            _judge(by_name(fd, b"."), b".", os.listxattr(fd), role, names, scanned)
+            _judge(by_name(fd, b"."), b".", list_attributes(fd), role, names, scanned)
         for name in walk_names(fd):
             _visit(name, role, names, scanned)
     finally:
@@ -146,7 +150,7 @@ def _visit(name: Name, role: Role, names: Names, scanned: Scanned) -> None:
             scanned.first.setdefault(inode, name.directory + name.name)
         if role is Role.OTHER:
             return
-        attributes = os.listxattr(path, follow_symlinks=False)
+        attributes = list_attributes(path)
         if not attributes or not any(attribute.startswith(names.prefix) for attribute in attributes):
             return
         ref = _ref(path, attributes) if status else None

@@ -41,6 +41,7 @@ from snapshotter.meta import schema
 from snapshotter.meta.schema import Record
 from snapshotter.model import Kind, SnapshotId
 from snapshotter.overlay.features import NO_FEATURES
+from tests.rig.filesystem import filesystem
 from tests.rig.host import Host, upper_of
 from tests.rig.namespace import CHECKOUT
 from tests.rig.random_tree import data
@@ -679,6 +680,123 @@ def test_an_object_without_another_copy_is_reported_with_all_who_use_it(stubs: S
     assert "no file with the content" in result.stdout
     assert stubs.lost() == []
     assert ids(stubs.check(verify_content=True)) == {"object-content"}
+
+
+def test_an_object_that_was_cut_is_made_anew_from_a_file_as_long_as_it_was(stubs: Store) -> None:
+    os.truncate(stubs.object_of("other", "own"), 100)
+    found, _, left = stubs.repair(verify_content=True)
+    assert ids(found) == {"object-content"}
+    assert left == []
+    assert stubs.object_of("other", "own").read_bytes() == data(8, 5000)
+
+
+@pytest.mark.parametrize("value", [b"/nowhere", b"not/valid"])
+def test_a_directory_that_loses_its_redirection_shows_only_what_it_has(stubs: Store, value: bytes) -> None:
+    """Not what was removed below: a layer below has a directory of its name."""
+    place = stubs.tree("changed") / "dir"
+    shutil.rmtree(place)
+    write(place / "own", 11)
+    os.setxattr(place, REDIRECT, value)
+    found, _, left = stubs.repair()
+    assert "redirect-missing" in ids(found)
+    assert not any(finding.is_error for finding in left)
+    with stubs.host() as host, host.viewed("changed") as merged:
+        assert os.listdir(merged / "dir") == ["own"]
+
+
+def test_redirections_are_read_as_the_kernel_reads_them(stubs: Store) -> None:
+    """is_valid_redirect of fsck_overlay.lookup; up to a zero byte; what is longer than a name is no name."""
+    place = stubs.tree("changed") / "new name"
+    for value in (b"", b"/", b"//", b"/renamed/", b"dir/1", b"/" + b"long" * 100):
+        os.setxattr(place, REDIRECT, value)
+        assert "redirect-missing" in ids(stubs.check()), value
+    os.setxattr(place, REDIRECT, b"renamed\0")
+    assert stubs.check() == []
+
+
+def test_a_redirection_stays_while_a_tree_below_is_missing(stubs: Store) -> None:
+    """It may come back from a backup."""
+    lost = stubs.base / "aside"
+    stubs.tree("base").rename(lost)
+    found, _, _ = stubs.repair()
+    assert "tree-missing" in ids(found)
+    lost.rename(stubs.tree("base"))
+    assert stubs.repair() == ([], [], [])
+    stubs.check_content()
+
+
+def test_paths_longer_than_the_kernel_takes_are_followed(stubs: Store) -> None:
+    for name, directory in (("base", "old"), ("changed", "new")):
+        fd = os.open(stubs.tree(name), os.O_RDONLY)
+        for part in [*[b"directory" * 20] * 30, directory.encode()]:
+            os.mkdir(part, dir_fd=fd)
+            above, fd = fd, os.open(part, os.O_RDONLY, dir_fd=fd)
+            os.close(above)
+        if name == "changed":
+            os.setxattr(fd, REDIRECT, b"old")
+        os.close(fd)
+    assert stubs.check() == []
+
+
+def symlink_elsewhere(path: Path) -> None:
+    base = next(above for above in path.parents if above.name == "root").parent
+    (base / "elsewhere").mkdir()
+    path.symlink_to(base / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("place", "make"),
+    [
+        ("snapshots/2", Path.touch),
+        ("snapshots/2/fs", os.mkfifo),
+        ("snapshots/2/fs", symlink_elsewhere),
+        ("snapshots/2/refs", Path.touch),
+        ("snapshots/2/refs", symlink_elsewhere),
+        ("objects/e2", os.mkfifo),
+        ("objects/e2", symlink_elsewhere),
+    ],
+)
+def test_what_is_no_directory_is_found_as_missing(stubs: Store, place: str, make: Callable[[Path], object]) -> None:
+    """And everything else is checked as ever."""
+    assert stubs.record("other").id == 2
+    (stubs.root / place).rename(stubs.base / "aside")
+    make(stubs.root / place)
+    lose_child(stubs)
+    result = snapctl(stubs, "--repair", "--verify-content")
+    assert result.returncode == LEFT | CORRECTED, result.stdout + result.stderr
+    assert "child-index" in result.stdout
+    assert not list(stubs.base.glob("elsewhere/*"))
+    (stubs.root / place).unlink()
+    (stubs.base / "aside").rename(stubs.root / place)
+    assert not any(finding.is_error for finding in stubs.repair()[2])
+
+
+def test_what_has_the_name_of_a_lost_object_is_no_repair(stubs: Store) -> None:
+    place = stubs.object_of("other", "own")
+    place.unlink()
+    place.mkdir()
+    found, done, left = stubs.repair()
+    assert ids(found) == ids(left) == {"object-unlinked", "stray"}
+    assert [each.failure for each in done] == ["something that is no file has its name: move that away"]
+
+
+def test_a_version_that_cannot_be_read_is_a_finding(stubs: Store) -> None:
+    stubs.change(("store", b"version", b"2"))
+    assert ids(stubs.check()) == {"database-unreadable"}
+
+
+def test_a_file_with_more_attributes_than_the_kernel_lists_is_checked(base: Path) -> None:
+    """On XFS a container can make one (E2BIG, listxattr(2))."""
+
+    def fill(tree: Path) -> None:
+        write(tree / "many", 1)
+        for number in range(300):
+            os.setxattr(tree / "many", f"user.{number:0250}", b"x")
+
+    with filesystem("xfs", base, 300 << 20) as top, Host(top) as host:
+        host.commit_changes("many", fill=fill)
+        host.client.prepare("working", "many")
+        assert [event.finding for event in host.client.check(verify_content=True) if isinstance(event, Found)] == []
 
 
 def test_a_layer_that_is_in_use_is_only_reported(stubs: Store) -> None:
