@@ -46,6 +46,8 @@ def run(args: Namespace, out: Output) -> int:
         raise errors.InvalidArgument("repair needs the root itself: stop the daemon, and name it with --root DIR")
     if args.from_content is not None and not (args.repair or args.dry_run):
         raise errors.InvalidArgument("--from-content DIR says where --repair may find contents: give both")
+    if args.root == "":  # an unset variable of a script, and not where we are
+        raise errors.InvalidArgument("--root is empty: name the root")
     report = _Report(out, plans=args.dry_run)
     if args.root is None:
         _online(args, report)

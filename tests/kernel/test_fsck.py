@@ -875,6 +875,7 @@ def test_statuses_are_those_of_fsck(stubs: Store) -> None:
 
     assert status("fsck", "--root", os.fspath(stubs.root)) == 0
     assert status("fsck", "--repair") == USAGE
+    assert status("fsck", "--root", "") == USAGE
     assert status("fsck", "--no-such-option") == USAGE
     assert status("fsck") == FAILED
     assert status("fsck", "--root", os.fspath(stubs.base)) == FAILED
