@@ -682,14 +682,6 @@ def test_an_object_without_another_copy_is_reported_with_all_who_use_it(stubs: S
     assert ids(stubs.check(verify_content=True)) == {"object-content"}
 
 
-def test_an_object_that_was_cut_is_made_anew_from_a_file_as_long_as_it_was(stubs: Store) -> None:
-    os.truncate(stubs.object_of("other", "own"), 100)
-    found, _, left = stubs.repair(verify_content=True)
-    assert ids(found) == {"object-content"}
-    assert left == []
-    assert stubs.object_of("other", "own").read_bytes() == data(8, 5000)
-
-
 @pytest.mark.parametrize("value", [b"/nowhere", b"not/valid"])
 def test_a_directory_that_loses_its_redirection_shows_only_what_it_has(stubs: Store, value: bytes) -> None:
     """Not what was removed below: a layer below has a directory of its name."""
