@@ -3,7 +3,7 @@
 PREFIX ?= /usr/local
 DESTDIR ?=
 PYTHON := .venv/bin/python
-PYTEST := $(PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST := $(PYTHON) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help

@@ -120,23 +120,26 @@ def in_use(root: Root, image: Image) -> dict[SnapshotId, str]:
         if record.kind is Kind.ACTIVE:
             for layer in image.ancestors(record):
                 reasons.setdefault(layer.id, f"{image.title(record.id)} is active and stands on it")
-    return {snapshot_id: "it is mounted" for snapshot_id in _mounted(root)} | reasons
+    return {snapshot_id: "it is mounted" for snapshot_id in _mounted(root, image)} | reasons
 
 
-def _mounted(root: Root) -> set[SnapshotId]:
+def _mounted(root: Root, image: Image) -> set[SnapshotId]:
     """Snapshots of which something is mounted, in any mount namespace: as a layer, as an upper, or by a bind."""
     found: set[SnapshotId] = set()
     status = os.stat(root.snapshots)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     by_path = re.compile(re.escape(os.path.realpath(root.snapshots)) + r"/(\d+)/")
-    # containerd cuts what all layers have in common where their options are too long.
+    # containerd cuts what all layers have in common where their options are too long. Such a mount may be of another
+    # root: it is, if it has a layer that this one does not.
     by_relative_path = re.compile(r"[=:](\d+)/fs(?=[:,]|$)")
     by_root = re.compile(r"/snapshots/(\d+)/")
     for line in mountinfo.lines_everywhere():
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
-        for pattern in (by_path, by_relative_path):
-            found.update(SnapshotId(int(number)) for number in pattern.findall(after))
+        found.update(SnapshotId(int(number)) for number in by_path.findall(after))
+        relative = {SnapshotId(int(number)) for number in by_relative_path.findall(after)}
+        if relative <= image.records.keys():
+            found |= relative
         if fields[2] == device and (match := by_root.search(f"{fields[3]}/")):
             found.add(SnapshotId(int(match[1])))
     return found

@@ -26,7 +26,7 @@ from tests.rig.random_overlay import Directories, fsck, make
 
 pytestmark = pytest.mark.root
 
-FEW, MANY = range(60), range(1000, 4000)
+FEW, MANY = range(30), range(1000, 4000)
 ONCE_WRONG = (277, 347, 683, 1072, 1519, 1605)
 """Seeds that gave false alarms: each mounts with and without the index or nfs_export in turn."""
 STEPS = 40

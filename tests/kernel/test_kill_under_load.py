@@ -35,7 +35,7 @@ _CHECK_EVERY = 6
 @pytest.mark.parametrize(
     ("strategy", "kills"),
     [
-        ("stub", 30),
+        ("stub", 20),
         *[
             pytest.param(strategy, 300, marks=[pytest.mark.nightly, pytest.mark.timeout(2400)])
             for strategy in ("stub", "hardlink")

@@ -38,7 +38,7 @@ _UNTIMED = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
-settings.register_profile("default-stateful", _UNTIMED, max_examples=50, stateful_step_count=40)
+settings.register_profile("default-stateful", _UNTIMED, max_examples=25, stateful_step_count=40)
 settings.register_profile("nightly-stateful", _UNTIMED, max_examples=1000, stateful_step_count=80)
 PROFILE = settings.get_profile(
     f"{'nightly' if os.environ.get('HYPOTHESIS_PROFILE') == 'nightly' else 'default'}-stateful"
