@@ -26,7 +26,6 @@ from snapshotter.progress import Watch, ended, join_until, where
 from snapshotter.walker import OPEN_DIRECTORY, walk_names
 from snapshotter.workers.pool import Workers
 
-_BLOCK_BYTES = 512
 _REFS = "refs"
 
 log = structlog.get_logger()
@@ -283,7 +282,7 @@ def would_free(trash: Path, objects: Path) -> Extent:
             for entry in entries:
                 status = entry.stat(follow_symlinks=False)
                 if status.st_nlink == 1 + links[status.st_ino]:
-                    freed += Extent(status.st_blocks * _BLOCK_BYTES, 1)
+                    freed += Extent.of(status)
     return freed
 
 

@@ -7,6 +7,7 @@ The words are containerd's: a snapshot is active (writable), a view (read-only) 
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -86,6 +87,11 @@ class Commitment:
     labels: dict[str, str]
 
 
+def allocated_bytes(status: os.stat_result) -> int:
+    """Of one inode; the unit of st_blocks is 512 bytes, whatever the filesystem's block size (stat(2))."""
+    return status.st_blocks * 512
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """What something takes of the filesystem, each inode once."""
@@ -93,6 +99,11 @@ class Extent:
     size_bytes: int
     """Allocated, not apparent."""
     inodes: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Extent:
+        """Of one inode."""
+        return cls(allocated_bytes(status), 1)
 
     def __add__(self, other: Extent) -> Extent:
         return Extent(self.size_bytes + other.size_bytes, self.inodes + other.inodes)

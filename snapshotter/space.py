@@ -16,6 +16,7 @@ from pathlib import Path
 
 import structlog
 
+from snapshotter.content.stubs import is_stub_ref
 from snapshotter.durable import Stopped
 from snapshotter.meta.schema import Facts
 from snapshotter.model import NO_EXTENT, Extent, Kind, SnapshotId, SnapshotSpace, Space, Usage
@@ -27,7 +28,6 @@ from snapshotter.workers.pool import Workers
 
 log = structlog.get_logger()
 
-_BLOCK_BYTES = 512
 _QUIET_S = 10.0
 """How long after a change a pass begins."""
 _REST = 20
@@ -38,8 +38,6 @@ _MOST_BYTES = (1 << 63) - 1
 """That fit into an answer: files of holes have any size."""
 _LINKS_BESIDE_PATHS = 2
 """Of an object: its name in the store, and one in refs/ of each layer."""
-_STUB_REF_CHARS = 25
-"""Refs to contents are shorter than this, refs to whole files (hardlink) longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,15 +220,15 @@ def count_snapshot(directory: Path, facts: Facts | None) -> Counted:
         own, apparent_bytes = _scan([directory / "fs", directory / "work"], refs_of, names_of)
     objects, exclusive = NO_EXTENT, NO_EXTENT
     for ref, status in used.items():
-        extent = _extent(status)
+        extent = Extent.of(status)
         objects += extent
-        paths = 0 if len(ref) < _STUB_REF_CHARS else max(1, names_of[ref])
+        paths = 0 if is_stub_ref(ref) else max(1, names_of[ref])
         if status.st_nlink <= _LINKS_BESIDE_PATHS + paths:
             exclusive += extent
-    top = _extent(directory.stat())
+    top = Extent.of(directory.stat())
     own += top
     if used:
-        own += _extent(refs.stat())
+        own += Extent.of(refs.stat())
     return Counted(apparent_bytes, top, own, objects, exclusive)
 
 
@@ -241,7 +239,7 @@ def count_objects(directory: Path) -> Extent:
         with os.scandir(directory / shard) as entries:
             for entry in entries:
                 try:
-                    total += _extent(entry.stat(follow_symlinks=False))
+                    total += Extent.of(entry.stat(follow_symlinks=False))
                 except FileNotFoundError:
                     continue
     return total
@@ -277,7 +275,3 @@ def _scan(trees: Sequence[Path], objects: dict[int, str], names_of: Counter[str]
             os.close(fd)
     usage = tally.usage()
     return Extent(usage.size_bytes, usage.inodes), apparent_bytes + tally.apparent_bytes
-
-
-def _extent(status: os.stat_result) -> Extent:
-    return Extent(status.st_blocks * _BLOCK_BYTES, 1)

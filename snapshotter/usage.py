@@ -11,11 +11,8 @@ from pathlib import Path
 
 from snapshotter.claims import Claims
 from snapshotter.durable import Stopped
-from snapshotter.model import SnapshotId, Usage
+from snapshotter.model import SnapshotId, Usage, allocated_bytes
 from snapshotter.walker import OPEN_DIRECTORY, walk
-
-_BLOCK_BYTES = 512
-"""Unit of st_blocks, whatever the filesystem's block size (stat(2))."""
 
 
 class Tally:
@@ -36,7 +33,7 @@ class Tally:
         if stat.S_ISREG(status.st_mode):
             self.apparent_bytes += status.st_size
             self.largest_bytes = max(self.largest_bytes, status.st_size)
-        self._size_bytes += status.st_blocks * _BLOCK_BYTES
+        self._size_bytes += allocated_bytes(status)
         self._inodes += 1
 
     def usage(self) -> Usage:

@@ -38,16 +38,20 @@ from snapshotter.model import NO_EXTENT, Extent
 from snapshotter.root import SHARDS_OF_OBJECTS
 from snapshotter.walker import OPEN_DIRECTORY
 
-_BLOCK_BYTES = 512
-_SHARD_CHARS = 2
+SHARD_CHARS = 2
 _MAX_INSTANCES = 256
 _INSTANCES_AFTER_A_KILL = 8
 _UNSYNCED = "~"
 
 
+def place_of(ref: str) -> str:
+    """Where the object that a ref names is, below the store."""
+    return f"{ref[:SHARD_CHARS]}/{ref[SHARD_CHARS:]}"
+
+
 def is_unsynced(ref: str) -> bool:
     """Whether the name of an object says that nobody had synced its content."""
-    return ref.startswith(_UNSYNCED, _SHARD_CHARS)
+    return ref.startswith(_UNSYNCED, SHARD_CHARS)
 
 
 class TooManyLinks(Exception):
@@ -168,7 +172,7 @@ class Objects:
 
     def is_object(self, status: os.stat_result, ref: str) -> bool:
         """Whether a file is the object that a ref names."""
-        return _is_same(status, self.shard_fd(ref[:_SHARD_CHARS]), ref[_SHARD_CHARS:])
+        return _is_same(status, self.shard_fd(ref[:SHARD_CHARS]), ref[SHARD_CHARS:])
 
     def _places(self, locator: Locator) -> tuple[Locator, ...]:
         """Where to look for an object; it is made at the last one."""
@@ -251,7 +255,7 @@ def release_all(directory: Path, refs: Path) -> Extent:
         return freed
     try:
         for ref in os.listdir(refs_fd):
-            with objects.locked(ref[:_SHARD_CHARS]) as shard_fd:
+            with objects.locked(ref[:SHARD_CHARS]) as shard_fd:
                 freed += _release(shard_fd, refs_fd, ref, paths=0)
             failpoint.hit("collect.ref")
     finally:
@@ -271,7 +275,7 @@ def collect_unused(directory: Path) -> Extent:
                     status = os.stat(name, dir_fd=shard_fd, follow_symlinks=False)
                     if status.st_nlink == 1:
                         os.unlink(name, dir_fd=shard_fd)
-                        freed += Extent(status.st_blocks * _BLOCK_BYTES, 1)
+                        freed += Extent.of(status)
     finally:
         objects.close()
     return freed
@@ -286,7 +290,7 @@ def release_unused(directory: Path, refs_fd: int, used: Collection[str], paths_o
     try:
         for ref in set(os.listdir(refs_fd)).difference(used):
             inode = os.stat(ref, dir_fd=refs_fd, follow_symlinks=False).st_ino
-            with objects.locked(ref[:_SHARD_CHARS]) as shard_fd:
+            with objects.locked(ref[:SHARD_CHARS]) as shard_fd:
                 _release(shard_fd, refs_fd, ref, paths_of.get(inode, 0))
     finally:
         objects.close()
@@ -295,10 +299,10 @@ def release_unused(directory: Path, refs_fd: int, used: Collection[str], paths_o
 def _release(shard_fd: int, refs_fd: int, ref: str, paths: int) -> Extent:
     """Under the shard's lock. The ref goes last: as long as it is there, a repetition finds the object."""
     freed = NO_EXTENT
-    name, status = ref[_SHARD_CHARS:], os.stat(ref, dir_fd=refs_fd, follow_symlinks=False)
+    name, status = ref[SHARD_CHARS:], os.stat(ref, dir_fd=refs_fd, follow_symlinks=False)
     if status.st_nlink == 2 + paths and _is_same(status, shard_fd, name):
         os.unlink(name, dir_fd=shard_fd)
-        freed = Extent(status.st_blocks * _BLOCK_BYTES, 1)
+        freed = Extent.of(status)
     failpoint.hit("collect.object")
     os.unlink(ref, dir_fd=refs_fd)
     return freed

@@ -21,9 +21,10 @@ from snapshotter.content.files import File, HalfSwapped, Place, Private, Stage
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import Links
 from snapshotter.content.objects import Adopted, Objects, TooManyLinks, release_unused
-from snapshotter.content.stubs import DIGEST, Stubs, ref_of, remove_mark
+from snapshotter.content.stubs import DIGEST, Stubs, is_stub_ref, ref_of, remove_mark
 from snapshotter.durable import FULL, sync
 from snapshotter.linux import open_beneath
+from snapshotter.model import allocated_bytes
 from snapshotter.overlay.attributes import TRUSTED, USER, by_name, list_attributes
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
@@ -32,8 +33,6 @@ HARDLINK = "hardlink"
 OFF = "off"
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
-_BLOCK_BYTES = 512
-_LONGEST_STUB_REF = 24
 _HOLES_BYTES = 4 << 30
 """What a process reads of holes in one layer: half a second or so."""
 _WORDS = {
@@ -148,9 +147,7 @@ def clear_up(layout: Layout) -> None:
             elif ref := ref_of({key: os.getxattr(path, key) for key in names if key.startswith(TRUSTED.prefix)}):
                 used.add(ref)
         with os.scandir(refs_fd) as entries:
-            used.update(
-                entry.name for entry in entries if len(entry.name) > _LONGEST_STUB_REF and entry.inode() in paths_of
-            )
+            used.update(entry.name for entry in entries if not is_stub_ref(entry.name) and entry.inode() in paths_of)
         release_unused(layout.objects, refs_fd, used, paths_of)
         for name in walk_names(top_fd) if marked else ():
             if name.inode in marked:
@@ -265,7 +262,7 @@ class _Sharer:
         if status.st_size < self._min_bytes:
             self._count("empty" if not status.st_size else "small")
             return
-        holes_bytes = max(0, status.st_size - status.st_blocks * _BLOCK_BYTES)
+        holes_bytes = max(0, status.st_size - allocated_bytes(status))
         if holes_bytes > self._holes_left_bytes:
             self._count("too many holes")  # which take no space, and could take for ever to read
             return
@@ -313,7 +310,7 @@ class _Sharer:
     def _count_shared(self, status: os.stat_result, adopted: Adopted, places: tuple[Place, ...], file: File) -> None:
         outcome = self.outcome
         outcome.shared_inodes += 1
-        outcome.shared_bytes += status.st_blocks * _BLOCK_BYTES
+        outcome.shared_bytes += allocated_bytes(status)
         outcome.new_objects += adopted.is_new
         if isinstance(self._strategy, Links):
             if len(places) > 1:
@@ -321,7 +318,7 @@ class _Sharer:
         elif file.attributes:
             place = places[0]
             made = os.stat(place.name, dir_fd=place.directory_fd, follow_symlinks=False)
-            outcome.stub_bytes += made.st_blocks * _BLOCK_BYTES
+            outcome.stub_bytes += allocated_bytes(made)
 
 
 def _check_closed(fd: int) -> None:

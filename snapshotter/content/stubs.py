@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ from snapshotter.overlay.attributes import OURS, TRUSTED, by_name
 
 DIGEST = OURS + "blake3"
 _STEM_CHARS = 18
+_REF = re.compile(r"[0-9a-f]{2}([0-9a-f]|~)[0-9a-f]{17}(\.[0-9a-f]+)?")
 
 
 class Stubs:
@@ -141,6 +143,11 @@ def ref_of(attributes: Mapping[str, bytes]) -> str | None:
     if TRUSTED.metacopy not in attributes or len(parts) != 3 or parts[0]:
         return None
     return os.fsdecode(parts[1] + parts[2])
+
+
+def is_stub_ref(ref: str) -> bool:
+    """Whether a ref names a content, and not a whole file (links.py)."""
+    return _REF.fullmatch(ref) is not None
 
 
 def locator_of_digest(digest: bytes) -> Locator:

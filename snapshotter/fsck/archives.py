@@ -28,9 +28,9 @@ from typing import IO, Any, NamedTuple
 from blake3 import blake3
 
 from snapshotter.content.links import locator_of
-from snapshotter.content.objects import is_unsynced
-from snapshotter.content.stubs import locator_of_digest
-from snapshotter.fsck.objects import SHARD_CHARS, is_stub_ref, mark_of
+from snapshotter.content.objects import is_unsynced, place_of
+from snapshotter.content.stubs import is_stub_ref, locator_of_digest
+from snapshotter.fsck.objects import mark_of
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -93,7 +93,7 @@ class _Wanted:
         attributes were taken off the layer."""
         self._any_links = not all(map(is_stub_ref, refs))
         for ref in refs:
-            place = objects / ref[:SHARD_CHARS] / ref[SHARD_CHARS:]
+            place = objects / place_of(ref)
             key = (mark_of(os.fsencode(place)) or b"").hex() if is_unsynced(ref) else ref.partition(".")[0]
             self._refs.setdefault(key, []).append(ref)
             if not is_stub_ref(ref):

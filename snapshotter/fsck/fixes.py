@@ -16,7 +16,7 @@ from pathlib import Path
 from snapshotter import failpoint, layer, linux
 from snapshotter.content import files
 from snapshotter.content.hashing import Hasher
-from snapshotter.content.objects import is_unsynced
+from snapshotter.content.objects import is_unsynced, place_of
 from snapshotter.content.plan import read_plan, settle
 from snapshotter.content.stubs import DIGEST
 from snapshotter.durable import sync_directory
@@ -24,7 +24,7 @@ from snapshotter.errors import quote
 from snapshotter.fsck import database
 from snapshotter.fsck.heal import Lost, Source, duplicate, made_anew
 from snapshotter.fsck.lost import LostAndFound
-from snapshotter.fsck.objects import SHARD_CHARS, digest_by_name, mark_of
+from snapshotter.fsck.objects import digest_by_name, mark_of
 from snapshotter.fsck.trees import users
 from snapshotter.model import SnapshotId
 from snapshotter.overlay.attributes import Names
@@ -189,7 +189,7 @@ class LinkObject:
 
     def describe(self) -> str:
         held = f"snapshots/{self.snapshot}/refs/{self.ref}"
-        stored = f"objects/{self.ref[:SHARD_CHARS]}/{self.ref[SHARD_CHARS:]}"
+        stored = f"objects/{place_of(self.ref)}"
         return f"link {held} to {stored}" if self.to_store else f"link {stored} to {held}"
 
     def apply(self, bench: Bench) -> None:

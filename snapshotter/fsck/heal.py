@@ -15,9 +15,9 @@ from typing import NamedTuple
 from snapshotter.content.files import File
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import locator_of_file
-from snapshotter.content.objects import is_unsynced
-from snapshotter.content.stubs import DIGEST
-from snapshotter.fsck.objects import SHARD_CHARS, is_named, is_stub_ref, mark_of
+from snapshotter.content.objects import SHARD_CHARS, is_unsynced, place_of
+from snapshotter.content.stubs import DIGEST, is_stub_ref
+from snapshotter.fsck.objects import is_named, mark_of
 from snapshotter.meta.schema import Record
 from snapshotter.root import Root
 from snapshotter.walker import OPEN_DIRECTORY, walk
@@ -34,7 +34,7 @@ class Lost(NamedTuple):
     """None where nobody knows."""
 
     def path(self, root: Root) -> Path:
-        return root.objects / self.ref[:SHARD_CHARS] / self.ref[SHARD_CHARS:]
+        return root.objects / place_of(self.ref)
 
 
 class Source:

@@ -13,16 +13,15 @@ from pathlib import Path
 from snapshotter.content.files import File
 from snapshotter.content.hashing import Hasher
 from snapshotter.content.links import locator_of_file
-from snapshotter.content.objects import is_unsynced
-from snapshotter.content.stubs import DIGEST, locator_of_digest
-from snapshotter.fsck.trees import STUB_REF, Inode
+from snapshotter.content.objects import SHARD_CHARS, is_unsynced
+from snapshotter.content.stubs import DIGEST, is_stub_ref, locator_of_digest
+from snapshotter.fsck.trees import Inode
 from snapshotter.overlay.attributes import by_name
 from snapshotter.walker import OPEN_DIRECTORY
 
 _LINK_REF = re.compile(r"[0-9a-f]{2}[~A-Za-z0-9_-][A-Za-z0-9_-]{41}(\.[0-9a-f]+)?")
 """The name of a ref to an object that is a whole file (links.py)."""
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
-SHARD_CHARS = 2
 
 
 @dataclass(slots=True)
@@ -43,11 +42,6 @@ class Stored:
         self.strays.extend(other.strays)
         self.unmarked.update(other.unmarked)
         self.damaged.update(other.damaged)
-
-
-def is_stub_ref(ref: str) -> bool:
-    """Whether the object is a content, and not a whole file."""
-    return STUB_REF.fullmatch(ref) is not None
 
 
 def scan(store: Path, shards: Iterable[str], verify_content: bool, threads: int, from_disk: bool) -> Stored:

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from snapshotter.fsck.trees import STUB_REF
+from snapshotter.content.stubs import is_stub_ref
 from snapshotter.fsck_overlay.lookup import is_valid_redirect
 from snapshotter.overlay.attributes import Names, by_name
 from snapshotter.walker import OPEN_DIRECTORY, Name, is_cut, walk_names
@@ -156,7 +156,7 @@ class _Checker:
 def _is_object(redirect: bytes | None) -> bool:
     """Whether a file's content is in the object store (stubs.py)."""
     parts = os.fsdecode(redirect or b"").split("/")
-    return len(parts) == 3 and not parts[0] and STUB_REF.fullmatch(parts[1] + parts[2]) is not None
+    return len(parts) == 3 and not parts[0] and is_stub_ref(parts[1] + parts[2])
 
 
 def _attribute(path: bytes, name: str) -> bytes | None:

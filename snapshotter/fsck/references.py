@@ -10,11 +10,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from snapshotter.content.stubs import is_stub_ref
 from snapshotter.fsck.findings import Finding
 from snapshotter.fsck.fixes import LinkObject, Rebuild, Remark, ReplaceReference, Resize, Separate
 from snapshotter.fsck.heal import Lost
 from snapshotter.fsck.image import Image
-from snapshotter.fsck.objects import Stored, is_stub_ref
+from snapshotter.fsck.objects import Stored
 from snapshotter.fsck.trees import Inode, Scanned
 from snapshotter.model import Kind, SnapshotId
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -16,14 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from snapshotter.content.stubs import ref_of
+from snapshotter.content.stubs import is_stub_ref, ref_of
 from snapshotter.linux import FS_APPEND_FL, FS_IMMUTABLE_FL, get_inode_flags
 from snapshotter.overlay.attributes import Names, by_name, list_attributes
 from snapshotter.overlay.features import NO_FEATURES, OF_STUBS, Feature
 from snapshotter.walker import OPEN_DIRECTORY, Name, walk_names
 
-STUB_REF = re.compile(r"[0-9a-f]{2}([0-9a-f]|~)[0-9a-f]{17}(\.[0-9a-f]+)?")
-"""The name of a ref to an object that is a content (stubs.py): two digits of its directory, then its name."""
 _MANY = 20
 """Paths that are named where there may be any number."""
 
@@ -191,7 +188,7 @@ def _ref(path: bytes, attributes: Iterable[str]) -> str | None:
         return None
     values[redirect] = os.getxattr(path, redirect, follow_symlinks=False)
     ref = ref_of(values)
-    return ref if ref and STUB_REF.fullmatch(ref) else None
+    return ref if ref and is_stub_ref(ref) else None
 
 
 def _is_locked(path: bytes) -> bool:
